@@ -1,0 +1,76 @@
+"""Mixture-of-Depths, expert-choice Mixture-of-Experts and MoDE, as Equinox layers."""
+
+import importlib.metadata
+
+from . import testing as testing
+from ._attention import causal_attention as causal_attention, rope as rope
+from ._block import Delta as Delta, PositionWise as PositionWise, Residual as Residual
+from ._capacity import token_capacity as token_capacity
+from ._causal import causal as causal, causal_membership as causal_membership
+from ._decoder import (
+    Stack as Stack,
+    Transformer as Transformer,
+    every_other as every_other,
+    mod_decoder as mod_decoder,
+)
+from ._depth import MixtureOfDepths as MixtureOfDepths
+from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
+from ._experts import MixtureOfExperts as MixtureOfExperts
+from ._flops import Flops as Flops, count_flops as count_flops
+from ._gate import (
+    AbstractGate as AbstractGate,
+    Raw as Raw,
+    SelectedSoftmax as SelectedSoftmax,
+    Sigmoid as Sigmoid,
+    Softmax as Softmax,
+    Tanh as Tanh,
+)
+from ._info import TokenInfo as TokenInfo
+from ._linear import GELU as GELU, Linear as Linear, RMSNorm as RMSNorm, SwiGLU as SwiGLU
+from ._losses import (
+    load_balance_loss as load_balance_loss,
+    predictor_bce as predictor_bce,
+    router_bce as router_bce,
+    router_z_loss as router_z_loss,
+)
+from ._metrics import (
+    Agreement as Agreement,
+    RoutingMetrics as RoutingMetrics,
+    agreement as agreement,
+    routing_metrics as routing_metrics,
+)
+from ._mode import (
+    integrated_mode as integrated_mode,
+    reduced_capacity_moe as reduced_capacity_moe,
+    staged_mode as staged_mode,
+)
+from ._router import Predictor as Predictor, Router as Router
+from ._routing import RouterState as RouterState, Routing as Routing
+from ._select import (
+    AbstractSelector as AbstractSelector,
+    ExpertChoice as ExpertChoice,
+    RandomChoice as RandomChoice,
+    Replay as Replay,
+    Request as Request,
+    Selection as Selection,
+    Strided as Strided,
+    TokenChoice as TokenChoice,
+)
+from ._state import (
+    for_each_router as for_each_router,
+    map_routers as map_routers,
+    routers as routers,
+    trainable as trainable,
+    update_state as update_state,
+)
+from ._threshold import (
+    AbstractRule as AbstractRule,
+    ByLogit as ByLogit,
+    ByPredictor as ByPredictor,
+    ByQuantile as ByQuantile,
+    Threshold as Threshold,
+)
+from ._transformer import Attention as Attention, TransformerBlock as TransformerBlock
+
+
+__version__ = importlib.metadata.version("mode-jax")

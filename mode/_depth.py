@@ -1,0 +1,118 @@
+"""Mixture-of-Depths: a block that only the tokens its router picks take part in."""
+
+import math
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._block import Block, Routings
+from ._capacity import exact_fraction
+from ._dispatch import combine, dispatch, dispatch_info
+from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
+from ._info import TokenInfo, check_hidden, resolve_info
+from ._router import Predictor, Router
+from ._select import AbstractSelector, ExpertChoice
+
+
+def check_capacity(capacity: float) -> None:
+    """Refuse a capacity that is not a share of the tokens."""
+    if not (math.isfinite(capacity) and 0 < capacity <= 1):
+        raise ValueError(
+            f"`capacity` must be above 0 and at most 1, got {capacity}. It is the share of a "
+            "group's tokens that take part in the block; the paper's best is 0.125."
+        )
+
+
+class MixtureOfDepths(eqx.Module):
+    """Routes a fixed number of tokens through a block and the rest around it.
+
+    $x_i + r_i f(\\tilde X)_i$ for the $C$ selected tokens $\\tilde X$, and $x_i$, bit for bit, for
+    all others, with $r = w^\\top x$. The block sees the selected tokens alone, in time order, with
+    their original positions and segments; a skipped token is not a key in it either.
+
+    **Arguments:**
+
+    - `block`: any block. `Delta` makes one of a module with its own skip connection.
+    - `dim`: features of the hidden states.
+    - `capacity`: share of each group's tokens that take part, in (0, 1].
+        `token_capacity(tokens, capacity)` slots.
+    - `select`: the selector. Training uses `ExpertChoice()`, which sees the future; `causal` makes
+        the model that may be sampled from.
+    - `gate`: from the router's logit to the weight $r$. The default is the logit itself.
+    - `predictor`: guesses membership for causal inference; `Predictor(dim, key=key)` or `None`.
+    - `router_std`: standard deviation of the router's initial weights, by default
+        `dim ** -0.5`.
+
+    **Raises:** `ValueError` for a capacity outside (0, 1], or a softmax gate: over one choice it
+    is 1 and the router gets no gradient.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> k1, k2 = jax.random.split(jax.random.key(0))
+    >>> block = mode.TransformerBlock(32, num_heads=4, key=k1)
+    >>> layer = mode.MixtureOfDepths(block, 32, capacity=0.125, key=k2)
+    >>> hidden, (routing,) = layer(jnp.ones((4, 64, 32)))
+    >>> hidden.shape, routing.index.shape
+    ((4, 64, 32), (4, 1, 8))
+
+    *Source:* arXiv:2404.02258, section 3.4, equation 1. *Relative to the paper:* equation 1 prints
+    the raw weight, section 3.5 speaks of its sigmoid; `gate` offers both and defaults to the
+    equation. $f$ is the block's update, so that $r = 1$ is the dense block and no residual is
+    counted twice. Equation 1 compares with a percentile and leaves ties open; here exactly $C$
+    tokens are taken, of equals the earlier ones.
+    """
+
+    router: Router
+    block: Block
+
+    def __init__(
+        self,
+        block: Block,
+        dim: int,
+        capacity: float = 0.125,
+        *,
+        select: AbstractSelector = ExpertChoice(),
+        gate: AbstractGate = Raw(),
+        predictor: Predictor | None = None,
+        router_std: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        check_capacity(capacity)
+        if isinstance(gate, Softmax | SelectedSoftmax):
+            raise ValueError(
+                f"`gate` of `MixtureOfDepths` must not be a softmax, got {gate}: over its single "
+                "choice it is always 1 and the router gets no gradient. Use `Raw()` or `Sigmoid()`."
+            )
+        self.router = Router(
+            dim,
+            fraction=exact_fraction("capacity", capacity),
+            select=select,
+            gate=gate,
+            predictor=predictor,
+            std=router_std,
+            key=key,
+        )
+        self.block = block
+
+    @property
+    def capacity(self) -> float:
+        """Share of a group's tokens that take part."""
+        return float(self.router.fraction)
+
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns hidden states and `(routing, *the block's)`."""
+        check_hidden(x, self.router.dim)
+        info = resolve_info(x, info)
+        router_key, block_key = (None, None) if key is None else jax.random.split(key)
+        with jax.named_scope("mode.MixtureOfDepths"):
+            routing = self.router(x, info, key=router_key)
+            slots = dispatch(x, routing)
+            slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
+            update, inner = self.block(slots[0], slot_info, key=block_key)
+            return combine(update[None], routing, onto=x), (routing, *inner)

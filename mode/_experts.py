@@ -1,0 +1,153 @@
+"""Mixture-of-Experts: many feed-forwards, of which each token uses few."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._block import Routings
+from ._capacity import exact_fraction
+from ._dispatch import combine, dispatch
+from ._gate import AbstractGate, Softmax
+from ._info import TokenInfo, check_hidden, resolve_info
+from ._linear import cast_parameters
+from ._router import Predictor, Router
+from ._select import AbstractSelector, ExpertChoice
+
+
+Expert = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
+MakeExpert = Callable[[PRNGKeyArray], Expert]
+
+
+class MixtureOfExperts(eqx.Module):
+    """A block whose tokens are spread over experts: $\\sum_e w_{ie} f_e(x_i)$ over those that
+    took token $i$, and 0 for a token that none took.
+
+    **Arguments:**
+
+    - `make_expert`: builds one expert from a key. An expert maps one vector `[dim]` to one of the
+        same size; `eqx.nn.MLP`, `SwiGLU` and `GELU` do. All experts are one stacked module.
+    - `dim`: features of the hidden states.
+    - `num_experts`: experts that compute.
+    - `capacity_factor`: slots per token, over all experts. Each has
+        `token_capacity(tokens, capacity_factor / num_experts)`, so a factor of 1 costs what one
+        expert on every token costs, whatever the number of experts, no-ops or `k`.
+    - `num_noop`: no-op experts. They have no parameters, slots or FLOPs, and their probability
+        competes in the softmax. Under `ExpertChoice` they only move probability; under
+        `TokenChoice` choosing one takes one of the token's `k` places.
+    - `num_shared`: further experts that see every token with weight 1.
+    - `select`: `ExpertChoice()`, which sees the future in a decoder (`causal` replaces it), or
+        `TokenChoice(k)`, which does not.
+    - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
+    - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
+
+    `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
+    who is chosen, never the weights, and only `update_state` moves it.
+
+    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, or a
+    capacity factor that is not a finite positive number; at the call, for one that leaves an
+    expert less than one whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, mode
+    >>> make_expert = lambda key: eqx.nn.MLP(32, 32, 128, 1, jax.nn.gelu, key=key)
+    >>> experts = mode.MixtureOfExperts(
+    ...     make_expert, 32, num_experts=8, capacity_factor=2.0, key=jax.random.key(0)
+    ... )
+    >>> hidden, (routing,) = mode.Residual(experts)(jnp.ones((4, 64, 32)))
+    >>> routing.index.shape
+    (4, 8, 16)
+
+    *Source:* arXiv:2202.09368, section 3 ($k = n c / e$); no-op experts, arXiv:2404.02258, section
+    4.3. *Relative to the paper:* the expert-choice paper pools the tokens of the whole batch; here
+    they compete inside their group only, so that no sequence affects another.
+    """
+
+    router: Router
+    experts: Expert
+    shared: Expert | None
+
+    def __init__(
+        self,
+        make_expert: MakeExpert,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: float | Fraction = 1.0,
+        num_noop: int = 0,
+        num_shared: int = 0,
+        select: AbstractSelector = ExpertChoice(),
+        gate: AbstractGate = Softmax(),
+        predictor: Predictor | None = None,
+        router_std: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        for name, value, least in (
+            ("num_experts", num_experts, 1),
+            ("num_noop", num_noop, 0),
+            ("num_shared", num_shared, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        router_key, expert_key, shared_key = jax.random.split(key, 3)
+        make_experts = eqx.filter_vmap(make_expert)
+        self.router = Router(
+            dim,
+            num_experts,
+            num_noop=num_noop,
+            fraction=exact_fraction("capacity_factor", capacity_factor) / num_experts,
+            select=select,
+            gate=gate,
+            predictor=predictor,
+            std=router_std,
+            key=router_key,
+        )
+        self.experts = make_experts(jax.random.split(expert_key, num_experts))
+        self.shared = make_experts(jax.random.split(shared_key, num_shared)) if num_shared else None
+
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns the update and `(routing,)`."""
+        check_hidden(x, self.router.dim)
+        info = resolve_info(x, info)
+        self._check_slots(x.shape[-2])
+        with jax.named_scope("mode.MixtureOfExperts"):
+            routing = self.router(x, info, key=key)
+            slots = dispatch(x, routing)
+            rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
+            updates = _apply(self.experts, rows, 0).reshape(slots.shape)
+            update = combine(updates, routing, onto=jnp.zeros_like(x))
+            if self.shared is not None:
+                rows = x.reshape(-1, x.shape[-1])
+                update = update + _apply(self.shared, rows, None).sum(0).reshape(x.shape)
+            return update, (routing,)
+
+    def _check_slots(self, num_tokens: int) -> None:
+        slots = num_tokens * self.router.select.share(self.router.fraction)
+        if slots < 1:
+            factor = self.router.fraction * self.router.num_experts
+            raise ValueError(
+                "`capacity_factor` must leave every expert at least one whole slot: tokens * "
+                f"capacity_factor / num_experts >= 1, got {num_tokens} * {float(factor):g} / "
+                f"{self.router.num_experts} = {float(slots):g}. Use a capacity factor of at least "
+                f"{float(Fraction(self.router.num_experts, num_tokens)):g}, fewer experts or "
+                "longer groups."
+            )
+
+
+def _apply(
+    experts: Expert, rows: Float[Array, "*experts tokens dim"], rows_axis: int | None
+) -> Float[Array, "experts tokens dim"]:
+    """Every expert on its own rows, or (`rows_axis` None) all of them on the same ones."""
+    experts = cast_parameters(experts, rows.dtype)
+    run = eqx.filter_vmap(
+        lambda expert, vectors: jax.vmap(expert)(vectors), in_axes=(eqx.if_array(0), rows_axis)
+    )
+    return run(experts, rows)

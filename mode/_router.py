@@ -1,0 +1,161 @@
+"""The router: scorer, selector, gate and, for causal inference, an optional predictor."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._capacity import token_capacity
+from ._gate import AbstractGate, SelectedSoftmax
+from ._info import TokenInfo
+from ._linear import Linear
+from ._routing import RouterState, Routing, selected_mask
+from ._select import AbstractSelector, Request, TokenChoice
+
+
+class Predictor(eqx.Module):
+    """Guesses from a token alone whether top-k will take it: one logit per expert.
+
+    It reads hidden states through a stop-gradient and decides membership only; the router's weight
+    still gates. So the model it watches is exactly the model without it.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states.
+    - `num_experts`: experts of the router it belongs to.
+    - `hidden`: features inside; by default half of `dim`.
+
+    *Source:* the "second router" of arXiv:2404.02258, section 3.5, which gives no width.
+    """
+
+    up: Linear
+    down: Linear
+
+    def __init__(
+        self, dim: int, num_experts: int = 1, hidden: int | None = None, *, key: PRNGKeyArray
+    ):
+        hidden = max(1, dim // 2) if hidden is None else hidden
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(dim, hidden, key=up_key)
+        self.down = Linear(hidden, num_experts, key=down_key)
+
+    def __call__(
+        self, x: Float[Array, "*groups tokens dim"]
+    ) -> Float[Array, "*groups tokens experts"]:
+        return self.down(jax.nn.silu(self.up(x)))
+
+
+class Router(eqx.Module):
+    """From hidden states to a `Routing`: the one router of every layer in this library.
+
+    $\\text{logits} = W x$ in float32 or wider, whatever the activations are; the selector compares
+    `gate.scores(logits + bias)`; the weights are `gate(logits)`, without the bias.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states.
+    - `num_experts`: experts that compute.
+    - `num_noop`: no-op experts, which have no parameters, slots or FLOPs, and compete in the gate.
+    - `fraction`: slots of each expert as a share of the tokens of a group.
+    - `select`: the selector, which decides who takes part.
+    - `gate`: from logits to weights.
+    - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
+    - `std`: standard deviation of the scorer's initial weights; the paper gives none.
+
+    **Raises:** `ValueError` for a selector and gate that would leave the router without a gradient.
+    """
+
+    scorer: Callable[[Float[Array, "*groups tokens dim"]], Float[Array, "*groups tokens choices"]]
+    select: AbstractSelector
+    gate: AbstractGate
+    predictor: Callable[..., Float[Array, "*groups tokens experts"]] | None
+    state: RouterState
+    dim: int = eqx.field(static=True)
+    fraction: Fraction = eqx.field(static=True)
+    num_experts: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 1,
+        *,
+        num_noop: int = 0,
+        fraction: Fraction,
+        select: AbstractSelector,
+        gate: AbstractGate,
+        predictor: Callable[..., Float[Array, "*groups tokens experts"]] | None = None,
+        std: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)
+        self.select = select
+        self.gate = gate
+        self.predictor = predictor
+        self.state = RouterState.initial(num_experts, num_experts + num_noop)
+        self.dim = dim
+        self.fraction = fraction
+        self.num_experts = num_experts
+        _check_gradient(select, gate)
+
+    @property
+    def num_noop(self) -> int:
+        """No-op experts among the choices."""
+        return self.state.bias.shape[-1] - self.num_experts
+
+    def scores(
+        self, logits: Float[Array, "*groups tokens choices"]
+    ) -> Float[Array, "*groups tokens choices"]:
+        """What the selector compares: the gate's scores of the logits with the bias added."""
+        bias = jax.lax.stop_gradient(self.state.bias).astype(logits.dtype)
+        return self.gate.scores(logits + jnp.expand_dims(bias, range(logits.ndim - 1)))
+
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Routing:
+        with jax.named_scope("mode.Router"):
+            _check_gradient(self.select, self.gate)  # the parts may have been swapped since
+            # Zeros for padding: a NaN there would reach the scorer's gradient as 0 * NaN.
+            x = jnp.where(info.valid[..., None], x, 0)
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            detached = jax.lax.stop_gradient(x)
+            logits = self.scorer(x)
+            predictor = None if self.predictor is None else self.predictor(detached)
+            num_tokens = x.shape[-2]
+            request = Request(
+                scores=jax.lax.stop_gradient(self.scores(logits)),
+                logits=jax.lax.stop_gradient(logits),
+                predictor=jax.lax.stop_gradient(predictor),
+                threshold=jax.lax.stop_gradient(self.state.threshold).astype(x.dtype),
+                valid=info.valid,
+                slots=token_capacity(num_tokens, self.select.share(self.fraction)),
+            )
+            chosen = self.select(request, key=key)
+            weights = self.gate(logits, selected_mask(chosen.index, num_tokens))
+            # Clipped for the gather alone; `where`, not a product, clears the empty slots.
+            seat = jnp.minimum(chosen.index, num_tokens - 1)
+            weight = jnp.take_along_axis(jnp.swapaxes(weights, -1, -2), seat, axis=-1)
+            return Routing(
+                index=chosen.index,
+                weight=jnp.where(chosen.index < num_tokens, weight, 0),
+                logits=logits,
+                detached_logits=self.scorer(detached),
+                load=chosen.load,
+                valid=info.valid,
+                predictor=predictor,
+            )
+
+
+def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
+    if isinstance(gate, SelectedSoftmax) and isinstance(select, TokenChoice) and select.k == 1:
+        raise ValueError(
+            "`gate=SelectedSoftmax()` with `select=TokenChoice(1)` gives every weight the value 1 "
+            "and the router no gradient. Use `gate=Softmax()`, or `TokenChoice(k)` with k of at "
+            "least 2."
+        )

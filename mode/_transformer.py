@@ -1,0 +1,167 @@
+"""The transformer block: attention, then a feed-forward, both as updates of the residual stream."""
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._attention import Attend, causal_attention, rope
+from ._block import Block, PositionWise, Routings
+from ._info import TokenInfo, check_hidden
+from ._linear import Linear, RMSNorm, SwiGLU
+
+
+class Attention(eqx.Module):
+    """Causal grouped-query self-attention with rotary embeddings at original positions. A block.
+
+    Query head $h$ reads key-value head $\\lfloor h \\, H_{kv} / H \\rfloor$.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states; a multiple of `num_heads`.
+    - `num_heads`: query heads; a multiple of `num_kv_heads`.
+    - `num_kv_heads`: key-value heads; by default `num_heads`.
+    - `rope_theta`: base of the rotary wavelengths.
+    - `attend`: computes attention from `q`, `k`, `v` and segment ids; replaced to use a kernel of
+        one's own.
+
+    **Raises:** `ValueError` for sizes that do not divide, or an odd size of a head.
+
+    *Source:* arXiv:1706.03762; grouped queries, arXiv:2305.13245.
+    """
+
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    num_heads: int = eqx.field(static=True)
+    num_kv_heads: int = eqx.field(static=True)
+    rope_theta: float = eqx.field(static=True)
+    attend: Attend
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        rope_theta: float = 10_000.0,
+        attend: Attend = causal_attention,
+        key: PRNGKeyArray,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_heads(dim, num_heads, num_kv_heads)
+        head_dim = dim // num_heads
+        query_key, key_key, value_key, out_key = jax.random.split(key, 4)
+        self.query = Linear(dim, dim, key=query_key)
+        self.key = Linear(dim, num_kv_heads * head_dim, key=key_key)
+        self.value = Linear(dim, num_kv_heads * head_dim, key=value_key)
+        self.out = Linear(dim, dim, key=out_key)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.rope_theta = rope_theta
+        self.attend = attend
+
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns the update, and no routings."""
+        del key
+        with jax.named_scope("mode.Attention"):
+            rows = x.reshape(-1, *x.shape[-2:])
+            positions = info.positions.reshape(rows.shape[:-1])
+            split = (*rows.shape[:-1], -1, x.shape[-1] // self.num_heads)
+            q = rope(self.query(rows).reshape(split), positions, self.rope_theta)
+            k = rope(self.key(rows).reshape(split), positions, self.rope_theta)
+            v = self.value(rows).reshape(split)
+            mixed = self.attend(q, k, v, info.segment_ids.reshape(rows.shape[:-1]))
+            return self.out(mixed.reshape(rows.shape)).reshape(x.shape), ()
+
+
+def _check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if dim % num_heads or (dim // num_heads) % 2:
+        raise ValueError(
+            f"`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, got "
+            f"dim={dim} and num_heads={num_heads}. The next that fits is "
+            f"{-(-dim // (2 * num_heads)) * 2 * num_heads}."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"`num_heads` must be divisible by `num_kv_heads`, got {num_heads} and {num_kv_heads}. "
+            "Each key-value head serves the same number of query heads."
+        )
+
+
+class TransformerBlock(eqx.Module):
+    """Pre-norm attention and feed-forward, as one update: $a + g(\\text{norm}(x + a))$ with
+    $a = \\text{attention}(\\text{norm}(x))$. A block.
+
+    Returning the update rather than the sum is what lets a router weigh it without counting the
+    residual twice, and keeps its digits in bfloat16.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states; a multiple of `num_heads`.
+    - `num_heads`, `num_kv_heads`, `rope_theta`, `attend`: of `Attention`.
+    - `feedforward`: any block: `PositionWise(GELU(dim, key=key))`, a `MixtureOfExperts`; by
+        default `PositionWise(SwiGLU(dim))`.
+
+    **Raises:** `ValueError` for sizes that do not divide.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> block = mode.TransformerBlock(32, num_heads=4, num_kv_heads=2, key=jax.random.key(0))
+    >>> update, routings = block(jnp.ones((4, 64, 32)), mode.TokenInfo.plain((4, 64)))
+    >>> update.shape
+    (4, 64, 32)
+    """
+
+    attention_norm: RMSNorm
+    attention: Attention
+    feedforward_norm: RMSNorm
+    feedforward: Block
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        feedforward: Block | None = None,
+        rope_theta: float = 10_000.0,
+        attend: Attend = causal_attention,
+        key: PRNGKeyArray,
+    ):
+        attention_key, feedforward_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(dim)
+        self.attention = Attention(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            rope_theta=rope_theta,
+            attend=attend,
+            key=attention_key,
+        )
+        self.feedforward_norm = RMSNorm(dim)
+        self.feedforward = (
+            PositionWise(SwiGLU(dim, key=feedforward_key)) if feedforward is None else feedforward
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns the update and the feed-forward's routings."""
+        check_hidden(x, self.attention_norm.weight.shape[0])
+        attended, _ = self.attention(self.attention_norm(x), info)
+        normed = self.feedforward_norm(x + attended)
+        update, routings = self.feedforward(normed, info, key=key)
+        return attended + update, routings

@@ -1,0 +1,288 @@
+"""Invariants that a user calls on what they composed: a layer, a stack of them, a whole model.
+
+Each draws its own inputs: hidden states where `dim` is given, token ids where `vocab` is. Each
+raises `AssertionError`, saying what differed and where. Our own tests call them too.
+
+>>> import jax, mode
+>>> block = mode.TransformerBlock(32, num_heads=4, key=jax.random.key(0))
+>>> layer = mode.MixtureOfDepths(block, 32, capacity=0.125, key=jax.random.key(1))
+>>> mode.testing.assert_static_shapes(layer, tokens=(64, 128), dim=32)  # nothing is allocated
+>>> mode.testing.assert_exact_capacity(layer, tokens=64, dim=32)
+>>> mode.testing.assert_causal(mode.causal(layer), tokens=32, dim=32)
+"""
+
+from collections.abc import Callable, Sequence
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._capacity import token_capacity
+from ._router import Router
+from ._routing import Routing
+from ._state import routers, trainable
+
+
+Model = Callable[..., tuple[Array, tuple[Routing, ...]]]
+
+
+def _abstract(
+    groups: tuple[int, ...], tokens: int, dim: int | None, vocab: int | None, dtype: DTypeLike
+) -> jax.ShapeDtypeStruct:
+    if (dim is None) == (vocab is None):
+        raise ValueError(
+            f"give exactly one of `dim` (hidden states) and `vocab` (token ids), got dim={dim} and "
+            f"vocab={vocab}."
+        )
+    if dim is None:
+        return jax.ShapeDtypeStruct((*groups, tokens), jnp.int32)
+    return jax.ShapeDtypeStruct((*groups, tokens, dim), dtype)
+
+
+def _inputs(like: jax.ShapeDtypeStruct, vocab: int | None, key: PRNGKeyArray) -> Array:
+    if vocab is None:
+        return jax.random.normal(key, like.shape, like.dtype)
+    return jax.random.randint(key, like.shape, 0, vocab, like.dtype)
+
+
+def _key(key: PRNGKeyArray | None) -> PRNGKeyArray:
+    return jax.random.key(0) if key is None else key
+
+
+@eqx.filter_jit
+def _run(model: Model, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routing, ...]]:
+    return model(x, key=key)
+
+
+def assert_static_shapes(
+    model: Model,
+    *,
+    tokens: Sequence[int],
+    dim: int | None = None,
+    vocab: int | None = None,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+) -> None:
+    """Every shape is what the configuration says, at each length, before anything runs.
+
+    Hidden states keep shape and dtype; every routing has `token_capacity` slots. Nothing is
+    allocated: a model for a large accelerator can be checked on a laptop.
+
+    **Arguments:**
+
+    - `model`: a layer (with `dim`) or a model of token ids (with `vocab`).
+    - `tokens`: the lengths to try.
+    - `groups`: leading axes.
+    """
+    for length in tokens:
+        like = _abstract(groups, length, dim, vocab, dtype)
+        hidden, routings = eqx.filter_eval_shape(
+            lambda m, x: m(x, key=jax.random.key(0)), model, like
+        )
+        if vocab is None:
+            chex.assert_shape(hidden, like.shape)
+            chex.assert_type(hidden, like.dtype)
+        else:
+            chex.assert_shape(hidden, (*like.shape, vocab))
+        if len(routings) != len(routers(model)):
+            raise AssertionError(
+                f"{len(routers(model))} routers, but {len(routings)} routings were returned."
+            )
+        for router, routing in zip(routers(model), routings, strict=True):
+            _check_routing_shapes(router, routing, groups)
+
+
+def _check_routing_shapes(router: Router, routing: Routing, groups: tuple[int, ...]) -> None:
+    stacked = router.state.threshold.shape[:-1]
+    leading = (*stacked, *groups)
+    length = routing.num_tokens
+    choices = router.state.bias.shape[-1]
+    slots = token_capacity(length, router.select.share(router.fraction))
+    chex.assert_shape([routing.index, routing.weight], (*leading, router.num_experts, slots))
+    chex.assert_shape(routing.logits, (*leading, length, choices))
+    chex.assert_shape(routing.load, (*leading, choices))
+    chex.assert_shape(routing.valid, (*leading, length))
+    chex.assert_type([routing.index, routing.load], jnp.int32)
+    if jnp.finfo(routing.logits.dtype).bits < 32:
+        raise AssertionError(f"the router computed in {routing.logits.dtype}, below float32.")
+
+
+def assert_residual_identity(
+    layer: Model,
+    *,
+    tokens: int = 64,
+    dim: int,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """Tokens that the layer's first router did not select leave it with the bits they came with.
+
+    For `MixtureOfDepths` and for `Residual(MixtureOfExperts(...))` without shared experts; not for
+    a layer that does something to every token, as integrated MoDE's attention does.
+    """
+    x = _inputs(_abstract(groups, tokens, dim, None, dtype), None, _key(key))
+    hidden, routings = _run(layer, x, _key(key))
+    if not routings:
+        raise AssertionError("the layer returned no routing: nothing was skipped.")
+    skipped = ~np.any(routings[0].selected, axis=-1)
+    before, after = np.asarray(x)[skipped], np.asarray(hidden)[skipped]
+    if before.tobytes() != after.tobytes():
+        rows = np.any(before != after, axis=-1)
+        raise AssertionError(f"{rows.sum()} of {len(rows)} skipped tokens were changed.")
+
+
+def assert_exact_capacity(
+    model: Model,
+    *,
+    tokens: int = 64,
+    dim: int | None = None,
+    vocab: int | None = None,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """Every expert of every router takes exactly its capacity of tokens, each once, in time order.
+
+    For selectors that fill their slots: `ExpertChoice`, `RandomChoice`, `Strided`. `TokenChoice`
+    and `Threshold` may leave some empty, and fail this.
+    """
+    x = _inputs(_abstract(groups, tokens, dim, vocab, dtype), vocab, _key(key))
+    _, routings = _run(model, x, _key(key))
+    for router, routing in zip(routers(model), routings, strict=True):
+        slots = token_capacity(routing.num_tokens, router.fraction)
+        if routing.index.shape[-1] != slots:
+            raise AssertionError(
+                f"{routing.index.shape[-1]} slots where the capacity is {slots} of "
+                f"{routing.num_tokens} tokens."
+            )
+        if not np.all(routing.filled):
+            raise AssertionError(f"{int(np.sum(~routing.filled))} slots were left empty.")
+        if not np.all(np.diff(routing.index, axis=-1) > 0):
+            raise AssertionError("an expert's tokens are not in time order, or one is there twice.")
+
+
+def assert_no_retrace(
+    model: Model,
+    *,
+    tokens: int = 64,
+    dim: int | None = None,
+    vocab: int | None = None,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """One compiled program serves every routing: inputs that route differently trace it once."""
+    like = _abstract(groups, tokens, dim, vocab, dtype)
+    arrays, rest = eqx.partition(model, eqx.is_array)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(arrays: PyTree, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routing, ...]]:
+        return eqx.combine(arrays, rest)(x, key=key)
+
+    for draw in jax.random.split(_key(key), 3):
+        run(arrays, _inputs(like, vocab, draw), draw)
+
+
+def assert_causal(
+    model: Model,
+    *,
+    tokens: int = 64,
+    dim: int | None = None,
+    vocab: int | None = None,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """Changing later tokens changes no earlier output, bit for bit.
+
+    Passes for `causal(model)`, and fails, as it should, for a model whose training selector looks
+    ahead. Four cuts are tried: everything from a quarter, a half, three quarters and the last token
+    on is replaced.
+    """
+    like = _abstract(groups, tokens, dim, vocab, dtype)
+    first, second = jax.random.split(_key(key))
+    x, other = _inputs(like, vocab, first), _inputs(like, vocab, second)
+    axis = len(groups)
+    late = jnp.arange(tokens).reshape(tokens, *[1] * (x.ndim - axis - 1))
+    before, _ = _run(model, x, first)
+    for cut in sorted({tokens // 4, tokens // 2, 3 * tokens // 4, tokens - 1} - {0}):
+        after, _ = _run(model, jnp.where(late >= cut, other, x), first)
+        differs = np.any(np.asarray(before) != np.asarray(after), axis=-1)
+        changed = np.any(differs.reshape(-1, tokens), axis=0)[:cut]
+        if changed.any():
+            raise AssertionError(
+                f"changing the tokens from {cut} on changed the output at {int(changed.argmax())}: "
+                "the model sees the future. A model trained with `ExpertChoice` is evaluated and "
+                "sampled through `mode.causal`."
+            )
+
+
+def assert_router_gradients(
+    model: Model,
+    *,
+    tokens: int = 64,
+    dim: int | None = None,
+    vocab: int | None = None,
+    groups: tuple[int, ...] = (2,),
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """The gradient of a loss on the output reaches the scorer of every router, and is finite."""
+    like = _abstract(groups, tokens, dim, vocab, dtype)
+    x = _inputs(like, vocab, _key(key))
+    parameters, rest = eqx.partition(model, trainable(model))
+
+    @jax.jit
+    @jax.grad
+    def gradient(parameters: PyTree) -> Array:
+        hidden, _ = eqx.combine(parameters, rest)(x, key=_key(key))
+        return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
+
+    gradients = gradient(parameters)
+    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)):
+        raise AssertionError("a gradient is not finite.")
+    for place, router in enumerate(routers(gradients)):
+        for leaf in jax.tree.leaves(router.scorer):
+            norms = np.abs(np.asarray(leaf)).sum(axis=(-1, -2))
+            if not np.all(norms > 0):
+                raise AssertionError(f"no gradient reaches the scorer of router {place}.")
+
+
+def assert_batch_independent(
+    model: Model,
+    *,
+    tokens: int = 64,
+    dim: int | None = None,
+    vocab: int | None = None,
+    batch: int = 4,
+    dtype: DTypeLike = jnp.float32,
+    key: PRNGKeyArray | None = None,
+) -> None:
+    """What a sequence gets does not depend on its batch mates, bit for bit.
+
+    And `jax.vmap` over the batch routes as the batch itself does. (The second part does not hold
+    for `RandomChoice`, whose draws depend on the shape.)
+    """
+    like = _abstract((batch,), tokens, dim, vocab, dtype)
+    first, second = jax.random.split(_key(key))
+    x, other = _inputs(like, vocab, first), _inputs(like, vocab, second)
+    together, routings = _run(model, x, first)
+    mixed, _ = _run(model, jnp.concatenate([x[:1], other[1:]]), first)
+    if np.asarray(together[0]).tobytes() != np.asarray(mixed[0]).tobytes():
+        raise AssertionError("changing the other sequences of a batch changed the first one's.")
+    mapped, mapped_routings = eqx.filter_jit(
+        lambda m, x: jax.vmap(lambda row: m(row, key=first))(x)
+    )(model, x)
+    tolerance = 1e-4 if jnp.finfo(together.dtype).bits >= 32 else 3e-2
+    chex.assert_trees_all_close(
+        np.float32(mapped), np.float32(together), rtol=tolerance, atol=tolerance
+    )
+    for one, many in zip(routings, mapped_routings, strict=True):
+        if one.num_filled.sum() != many.num_filled.sum():
+            raise AssertionError("`jax.vmap` over the batch filled another number of slots.")
