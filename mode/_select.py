@@ -16,7 +16,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._routing import Routing
@@ -73,7 +72,7 @@ class AbstractSelector(eqx.Module):
     replaces exactly the rules that do.
     """
 
-    looks_ahead: AbstractClassVar[bool]
+    looks_ahead: ClassVar[bool]
 
     @abc.abstractmethod
     def share(self, fraction: Fraction) -> Fraction:

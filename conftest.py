@@ -1,8 +1,0 @@
-"""The strict regime: no silent promotion of dtypes or ranks, several devices, checked types."""
-
-import jax
-
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)
