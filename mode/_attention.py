@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ._linear import float32_or_wider
+
 
 Attend = Callable[..., Float[Array, "*groups tokens heads head_dim"]]
 
@@ -26,7 +28,7 @@ def rope(
     *Source:* arXiv:2104.09864, section 3.4.2, equation 34, in the split-halves layout.
     """
     half = x.shape[-1] // 2
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = float32_or_wider(x.dtype)
     frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
     angle = positions[..., None, None].astype(wide) * jnp.expand_dims(frequency, range(x.ndim - 1))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -43,7 +45,7 @@ def causal_attention(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     batch, tokens, heads, dim = q.shape
     groups = k.shape[2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = float32_or_wider(q.dtype)
     q = (q.astype(wide) * dim**-0.5).reshape(batch, tokens, groups, -1, dim)
     q = q.transpose(0, 2, 3, 1, 4)
     k, v = (z.astype(wide).transpose(0, 2, 1, 3) for z in (k, v))

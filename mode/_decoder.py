@@ -12,7 +12,7 @@ from ._block import Layer, Residual, Routings
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
 from ._info import TokenInfo, resolve_info
-from ._linear import Linear, RMSNorm
+from ._linear import Linear, RMSNorm, float32_or_wider, project
 from ._router import Predictor
 from ._transformer import TransformerBlock
 
@@ -147,8 +147,8 @@ class Transformer(eqx.Module):
             routings += routed
         with jax.named_scope("mode.logits"):
             x = self.norm(x)
-            logits = x @ self.embedding.T.astype(x.dtype) if self.head is None else self.head(x)
-            return logits.astype(jnp.promote_types(x.dtype, jnp.float32)), routings
+            logits = project(x, self.embedding.T) if self.head is None else self.head(x)
+            return logits.astype(float32_or_wider(x.dtype)), routings
 
 
 def _stacked(layers: list[Layer], remat: bool) -> tuple[Stack, ...]:

@@ -3,12 +3,16 @@
 **The convention.** A multiply-add is two operations. Matrix products count `2 m n k`, those in
 attention scores too, and whatever is masked after it was computed counts as computed: causal
 attention counts what the program does, not half. Every other floating-point number that is
-computed counts one, except exponentials, logarithms, roots, sines and their like, which XLA counts
-apart and so do we. Moving, gathering, comparing and integer work count nothing. Loops count as
-often as they run, a branch counts as its most expensive side. Recomputation counts: it is work.
+computed, or selected by a mask, counts one; a logistic counts the three operations around its
+exponential. Exponentials themselves, logarithms, roots, sines and their like count nothing: XLA
+tallies them apart. Moving, gathering, sorting, comparing and integer work count nothing. A scan
+counts as often as it runs, a loop of unknown length once, a branch as its most expensive side.
+Recomputation counts: it is work.
 
 Because the *program* is counted, a user's own block is counted like ours, and a training step is
-counted by tracing its gradient.
+counted by tracing its gradient. XLA's own `cost_analysis` of the compiled program is within 3 %; it
+counts comparisons and integers as well, twice what it computes twice inside fusions, and the body
+of a scan once.
 """
 
 import dataclasses
@@ -25,26 +29,26 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 
-# Floating-point primitives that cost one operation per number of their result.
-_ELEMENTWISE = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "max",
-        "min",
-        "neg",
-        "abs",
-        "sign",
-        "rem",
-        "add_any",
-        "square",
-        "integer_pow",
-        "clamp",
-    ]
-)
-# Those that cost one operation per number that goes into them.
+# Operations per floating-point number of the result.
+_ELEMENTWISE = {
+    "add": 1,
+    "sub": 1,
+    "mul": 1,
+    "div": 1,
+    "max": 1,
+    "min": 1,
+    "neg": 1,
+    "abs": 1,
+    "sign": 1,
+    "rem": 1,
+    "add_any": 1,
+    "square": 1,
+    "integer_pow": 1,
+    "clamp": 1,
+    "select_n": 1,
+    "logistic": 3,  # 1 / (1 + exp(-x))
+}
+# Primitives that cost one operation per number that goes into them.
 _REDUCTIONS = frozenset(
     [
         "reduce_sum",
@@ -143,7 +147,7 @@ def _count(
             matmul.update(dearest[0])
             other.update(dearest[1])
         elif name in _ELEMENTWISE:
-            other[part] += times * _floats(eqn.outvars)
+            other[part] += times * _ELEMENTWISE[name] * _floats(eqn.outvars)
         elif name in _REDUCTIONS:
             other[part] += times * _floats(eqn.invars)
         elif name.startswith("scatter-add"):

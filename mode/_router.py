@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._capacity import token_capacity
 from ._gate import AbstractGate, SelectedSoftmax
 from ._info import TokenInfo
-from ._linear import Linear
+from ._linear import Linear, float32_or_wider
 from ._routing import RouterState, Routing, selected_mask
 from ._select import AbstractSelector, Request, TokenChoice
 
@@ -123,7 +123,7 @@ class Router(eqx.Module):
             _check_gradient(self.select, self.gate)  # the parts may have been swapped since
             # Zeros for padding: a NaN there would reach the scorer's gradient as 0 * NaN.
             x = jnp.where(info.valid[..., None], x, 0)
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = x.astype(float32_or_wider(x.dtype))
             detached = jax.lax.stop_gradient(x)
             logits = self.scorer(x)
             predictor = None if self.predictor is None else self.predictor(detached)

@@ -1,0 +1,87 @@
+"""Honest timing for all benchmarks: variants take turns in one process, medians, ratios.
+
+Machines are shared and drift. Variants that take turns see the same drift, so that the ratio of two
+medians means something where neither time does.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """`function(*args)` as a call without arguments that is compiled and waits for its result.
+
+    The call has an attribute `flops`, XLA's own count of the compiled program.
+    """
+    arrays, static = eqx.partition(args, eqx.is_array)
+
+    def run(arrays: Any) -> Any:
+        return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+
+    program = jax.jit(run).lower(arrays).compile()
+    cost = program.cost_analysis()
+
+    def call() -> Any:
+        return jax.block_until_ready(program(arrays))
+
+    call.flops = (cost or {}).get("flops", float("nan"))
+    return call
+
+
+def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward and backward: the sum of the first result, its gradient by the first two arguments.
+
+    Those are the module and its input, as in training, where the input comes from a layer below.
+    """
+
+    def loss(differentiated: Any, *rest: Any) -> jax.Array:
+        out = function(*differentiated, *rest)
+        return (out[0] if isinstance(out, tuple) else out).sum()
+
+    def run(module: Any, x: jax.Array, *rest: Any) -> Any:
+        return eqx.filter_value_and_grad(loss)((module, x), *rest)
+
+    return run
+
+
+def take_turns(variants: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of each variant, run in turns after one warm-up round each."""
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(title: str, medians: dict[str, float], base: str, limits: dict[str, float]) -> bool:
+    """Print each variant as a ratio to `base`, with the limit it is held to; true if all hold."""
+    print(f"\n{title}")
+    held = True
+    for name, median in medians.items():
+        ratio = median / medians[base]
+        line = f"  {name:<42} {median * 1e3:9.2f} ms  {ratio:6.2f} x"
+        if name in limits:
+            within = ratio <= limits[name]
+            held &= within
+            line += f"  (limit {limits[name]:.2f}: {'held' if within else 'MISSED'})"
+        print(line)
+    return held
+
+
+def header() -> None:
+    """Print what the numbers were measured on."""
+    device = jax.devices()[0]
+    print(
+        f"Python {platform.python_version()}, jax {jax.__version__}, equinox {eqx.__version__}, "
+        f"{device.platform} ({device.device_kind}), {platform.machine()}"
+    )

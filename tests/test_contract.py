@@ -1,0 +1,165 @@
+"""Every layer of the table under every transform: the laws that hold for all of them."""
+
+import functools
+import io
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, PyTree
+
+import mode
+
+from .helpers import assert_close
+from .layers import CASES, DIM, GROUPS, TOKENS, Case, build, expected, hidden, loss, run, split
+
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+unbound = pytest.mark.parametrize("case", [case for case in CASES if not case.bound], ids=str)
+
+gradients = eqx.filter_jit(jax.grad(loss, argnums=(0, 2)))
+
+
+@functools.cache
+def expected_gradients(case: Case) -> tuple[PyTree, Array]:
+    return gradients(*split(build(case)), hidden())
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@every
+def test_shapes_are_known_before_anything_runs(case: Case) -> None:
+    lengths = (TOKENS,) if case.bound else (TOKENS, 48)
+    mode.testing.assert_static_shapes(
+        build(case), tokens=lengths, dim=DIM, groups=(GROUPS,), dtype=jnp.float32
+    )
+
+
+@every
+def test_one_trace_serves_every_input(case: Case) -> None:
+    mode.testing.assert_no_retrace(build(case), tokens=TOKENS, dim=DIM, groups=(GROUPS,))
+
+
+@every
+def test_compiled_is_eager(case: Case) -> None:
+    eager = build(case)(hidden(), key=jax.random.key(2))
+    assert_close(expected(case), eager)
+
+
+@unbound
+def test_vmap_is_the_batch(case: Case) -> None:
+    out, routings = expected(case)
+    mapped, mapped_routings = jax.jit(jax.vmap(functools.partial(run, build(case))))(hidden())
+    assert_close(mapped, out)
+    stacked = isinstance(build(case), mode.Stack)
+    for one, many in zip(mapped_routings, routings, strict=True):
+        one = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), one) if stacked else one
+        assert_close(one, many)
+
+
+@unbound
+def test_a_bare_sequence_and_more_group_axes(case: Case) -> None:
+    """`[tokens, dim]` is one group, and two axes of groups are as good as one."""
+    out, routings = expected(case)
+    folded, folded_routings = run(build(case), hidden().reshape(2, GROUPS // 2, TOKENS, DIM))
+    assert_close(folded.reshape(out.shape), out)
+    for one, many in zip(folded_routings, routings, strict=True):
+        assert_close(jax.tree.map(lambda a, b: a.reshape(b.shape), one, many), many)
+    bare, _ = run(build(case), hidden()[0])
+    assert_close(bare, out[0])
+
+
+@every
+def test_gradients_are_finite_and_reach_every_parameter(case: Case) -> None:
+    parameters, of_input = expected_gradients(case)
+    assert np.all(np.isfinite(of_input))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        assert np.all(np.isfinite(leaf)), path
+        name = jax.tree_util.keystr(path)
+        # A predictor learns from its own loss alone, and these rules put the router out of play.
+        if "predictor" not in name:
+            assert np.any(leaf != 0), f"no gradient reaches {name}"
+
+
+@unbound
+def test_vmap_of_the_gradient_is_the_gradient_of_the_batch(case: Case) -> None:
+    parameters, of_input = expected_gradients(case)
+    start, rest = split(build(case))
+    per_group = jax.jit(jax.vmap(jax.grad(lambda p, x: loss(p, rest, x[None]), argnums=(0, 1)), (None, 0)))
+    mapped, mapped_input = per_group(start, hidden())
+    assert_close(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), mapped), parameters, scale=10)
+    assert_close(mapped_input / GROUPS, of_input, scale=10)
+
+
+@every
+def test_checkpoint_changes_no_gradient(case: Case) -> None:
+    start, rest = split(build(case))
+    remat = jax.jit(jax.grad(jax.checkpoint(lambda p, x: loss(p, rest, x)), argnums=(0, 1)))
+    assert_close(remat(start, hidden()), expected_gradients(case), scale=10)
+
+
+@every
+def test_scan_is_a_python_loop(case: Case) -> None:
+    layer = build(case)
+
+    @jax.jit
+    def scanned(x: Array) -> PyTree:
+        return jax.lax.scan(lambda x, _: run(layer, x), x, None, length=2)
+
+    last, routings = scanned(hidden())
+    first, first_routings = expected(case)
+    second, second_routings = run(layer, first)
+    assert_close(last, second, scale=10)
+    for many, *ones in zip(routings, first_routings, second_routings, strict=True):
+        np.testing.assert_array_equal(many.index, jnp.stack([one.index for one in ones]))
+
+
+@every
+def test_saved_and_loaded_bit_for_bit(case: Case) -> None:
+    layer = build(case)
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, layer)
+    file.seek(0)
+    blank = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if eqx.is_array(leaf) else leaf, layer)
+    loaded = eqx.tree_deserialise_leaves(file, blank)
+    assert eqx.tree_equal(loaded, layer) is True
+    out, _ = run(loaded, hidden())
+    assert np.asarray(out).tobytes() == np.asarray(expected(case)[0]).tobytes()
+
+
+@every
+def test_a_pytree_like_any_other(case: Case) -> None:
+    layer = build(case)
+    leaves, tree = jax.tree.flatten(layer)
+    again = jax.tree.unflatten(tree, leaves)
+    assert eqx.tree_equal(again, layer) is True
+    assert hash(jax.tree.structure(again)) == hash(tree)
+    arrays, rest = eqx.partition(layer, eqx.is_array)
+    assert jax.tree.structure(eqx.combine(arrays, rest)) == tree
+
+
+@every
+def test_a_routing_is_data(case: Case) -> None:
+    """Saved and loaded like a model."""
+    _, routings = expected(case)
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, routings)
+    file.seek(0)
+    loaded = eqx.tree_deserialise_leaves(file, jax.tree.map(jnp.zeros_like, routings))
+    assert eqx.tree_equal(loaded, routings) is True
+    assert len(routings) == len(mode.routers(build(case)))
+
+
+@every
+def test_sharded_over_the_batch_is_one_device(case: Case) -> None:
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    x = jax.device_put(hidden(), over_batch)
+    out, routings = run(build(case), x)
+    assert out.sharding.is_equivalent_to(over_batch, out.ndim)
+    assert_close((out, routings), expected(case))
