@@ -3,7 +3,11 @@
 import importlib.metadata
 
 from . import testing as testing
-from ._attention import causal_attention as causal_attention, rope as rope
+from ._attention import (
+    causal_attention as causal_attention,
+    plain_attention as plain_attention,
+    rope as rope,
+)
 from ._block import Delta as Delta, PositionWise as PositionWise, Residual as Residual
 from ._capacity import token_capacity as token_capacity
 from ._causal import causal as causal, causal_membership as causal_membership
@@ -16,7 +20,7 @@ from ._decoder import (
 from ._depth import MixtureOfDepths as MixtureOfDepths
 from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
 from ._experts import MixtureOfExperts as MixtureOfExperts
-from ._flops import Flops as Flops, count_flops as count_flops
+from ._flops import Flops as Flops, count_flops as count_flops, repeats_of as repeats_of
 from ._gate import (
     AbstractGate as AbstractGate,
     Raw as Raw,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._info import TokenInfo, check_hidden, resolve_info
-from ._linear import cast_parameters
+from ._precision import cast_parameters
 from ._routing import Routing
 
 

@@ -12,7 +12,8 @@ from ._block import Layer, Residual, Routings
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
 from ._info import TokenInfo, resolve_info
-from ._linear import Linear, RMSNorm, float32_or_wider, project
+from ._linear import Linear, RMSNorm, project
+from ._precision import float32_or_wider
 from ._router import Predictor
 from ._transformer import TransformerBlock
 

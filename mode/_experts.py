@@ -13,7 +13,7 @@ from ._capacity import exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
-from ._linear import cast_parameters
+from ._precision import cast_parameters
 from ._router import Predictor, Router
 from ._select import AbstractSelector, ExpertChoice
 
@@ -125,7 +125,8 @@ class MixtureOfExperts(eqx.Module):
             updates = _apply(self.experts, rows, 0).reshape(slots.shape)
             update = combine(updates, routing, onto=jnp.zeros_like(x))
             if self.shared is not None:
-                rows = x.reshape(-1, x.shape[-1])
+                # As in the router: a NaN in the padding would reach the gradients of parameters.
+                rows = jnp.where(info.valid[..., None], x, 0).reshape(-1, x.shape[-1])
                 update = update + _apply(self.shared, rows, None).sum(0).reshape(x.shape)
             return update, (routing,)
 

@@ -5,24 +5,12 @@ are kept in float32 and cast where they are used. All of them serve as an expert
 well as a feed-forward (a batch of sequences).
 """
 
-from typing import TypeVar
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-
-Module = TypeVar("Module")
-
-
-def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
-    """`dtype`, or float32 where that has more bits.
-
-    Not `jnp.promote_types`, which refuses two dtypes under strict promotion.
-    """
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+from ._precision import float32_or_wider
 
 
 def project(
@@ -122,8 +110,3 @@ class GELU(eqx.Module):
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
         with jax.named_scope("mode.GELU"):
             return self.down(jax.nn.gelu(self.up(x)))
-
-
-def cast_parameters(module: Module, dtype: DTypeLike) -> Module:
-    """A copy of `module` whose floating parameters have `dtype`: for code that does not cast."""
-    return jax.tree.map(lambda p: p.astype(dtype) if eqx.is_inexact_array(p) else p, module)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._capacity import token_capacity
 from ._gate import AbstractGate, SelectedSoftmax
 from ._info import TokenInfo
-from ._linear import Linear, float32_or_wider
+from ._linear import Linear
+from ._precision import float32_or_wider
 from ._routing import RouterState, Routing, selected_mask
 from ._select import AbstractSelector, Request, TokenChoice
 
@@ -127,6 +128,7 @@ class Router(eqx.Module):
             detached = jax.lax.stop_gradient(x)
             logits = self.scorer(x)
             predictor = None if self.predictor is None else self.predictor(detached)
+            _check_predictor(predictor, (*x.shape[:-1], self.num_experts))
             num_tokens = x.shape[-2]
             request = Request(
                 scores=jax.lax.stop_gradient(self.scores(logits)),
@@ -158,4 +160,15 @@ def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
             "`gate=SelectedSoftmax()` with `select=TokenChoice(1)` gives every weight the value 1 "
             "and the router no gradient. Use `gate=Softmax()`, or `TokenChoice(k)` with k of at "
             "least 2."
+        )
+
+
+def _check_predictor(
+    logits: Float[Array, "*groups tokens experts"] | None, expected: tuple[int, ...]
+) -> None:
+    # One logit for several experts would broadcast in the loss and pass unnoticed.
+    if logits is not None and logits.shape != expected:
+        raise ValueError(
+            f"`predictor` must return one logit per expert, {expected}, got {logits.shape}. Use "
+            "`Predictor(dim, num_experts, key=key)`."
         )

@@ -275,4 +275,8 @@ class Replay(AbstractSelector):
                 f"{recorded} and {self.load.shape[-1]} choices. Record it with inputs of the "
                 "shape it is replayed on."
             )
-        return Selection(self.index, self.load)
+        # Padding is never selected, not even where the record was made of a longer text.
+        seat = jnp.minimum(self.index, request.num_tokens - 1)
+        real = jnp.take_along_axis(request.valid[..., None, :], seat, axis=-1)
+        index = jnp.sort(jnp.where(real, self.index, request.num_tokens), axis=-1)
+        return Selection(index, self.load)

@@ -148,7 +148,8 @@ def update_state(
             load = jnp.sum(seen.load.reshape(-1, bias.shape[-1]), axis=0).astype(bias.dtype)
             bias = bias + bias_rate * jnp.sign(jnp.mean(load) - load)
         real = jnp.any(seen.valid)
-        return RouterState(bias, jnp.where(real, threshold, state.threshold), state.updates + real)
+        updates = state.updates + real.astype(state.updates.dtype)
+        return RouterState(bias, jnp.where(real, threshold, state.threshold), updates)
 
     states = iter(for_each_router(moved, model, routings))
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
@@ -168,7 +169,8 @@ def _quantile(
     eligible = jnp.where(valid[..., None], scores, -jnp.inf).reshape(-1, num_experts)
     falling = jnp.sort(eligible, axis=0, descending=True)
     total = jnp.sum(valid, dtype=jnp.int32)
-    count = jnp.clip(jnp.round(fraction * total.astype(jnp.float32)), 1, total).astype(jnp.int32)
+    share = jnp.round(fraction * total.astype(jnp.float32)).astype(jnp.int32)
+    count = jnp.clip(share, 1, total)
 
     def nth(place: Int[Array, ""]) -> Float[Array, " experts"]:
         return jax.lax.dynamic_index_in_dim(falling, place, axis=0, keepdims=False)

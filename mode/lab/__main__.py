@@ -1,0 +1,44 @@
+"""The command `mode-lab`."""
+
+import sys
+from importlib.util import find_spec
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one subcommand. Mistakes of the user print as a message and give exit code 2."""
+    missing = [name for name in ("grain", "matplotlib", "rich", "tyro") if find_spec(name) is None]
+    if missing:
+        print(
+            f"mode-lab needs {', '.join(missing)}, which the extra `lab` installs:\n"
+            '    pip install "mode-jax[lab]"',
+            file=sys.stderr,
+        )
+        return 2
+    # Not at the top: they need the extra.
+    import tyro
+    from rich.console import Console
+
+    from .ablate import Ablation, Rereport, report, run_ablation
+
+    commands = {"ablate": Ablation, "report": Rereport}
+    asked = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="mode-lab", description="Routing experiments with `mode`.", args=args
+    )
+    # Where nobody looks at a terminal, tables get the width they need.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if isinstance(asked, Ablation):
+            run_ablation(asked, console)
+        else:
+            report(asked.out, console)
+    except (ValueError, FloatingPointError) as error:
+        print(f"mode-lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mode-lab: interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

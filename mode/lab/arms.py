@@ -1,0 +1,221 @@
+"""The arms of the ablation: what each one routes, and by which rule it may be sampled from.
+
+All arms share dimensions, depth, data and recipe; a routed layer stands in every other place, over
+a dense one. They differ in the routed layer and in nothing else, but for the number of steps, which
+`budget` sets so that all spend equal training FLOPs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import mode
+
+from .data import VOCAB
+
+
+MakeLayer = Callable[[PRNGKeyArray], Callable]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Dimensions that all arms share."""
+
+    dim: int = 64
+    """Features of the hidden states."""
+    depth: int = 6
+    """Layers; every other one is routed."""
+    heads: int = 4
+    """Attention heads."""
+    length: int = 128
+    """Tokens in one sequence, the group whose tokens compete for slots."""
+    batch: int = 16
+    """Sequences in one step."""
+    capacity: float = 0.125
+    """Share of a sequence's tokens that a Mixture-of-Depths layer takes."""
+    experts: int = 6
+    """Experts of the arms that have no-ops or go without; the others have `experts + noop`."""
+    noop: int = 2
+    """No-op experts of integrated MoDE."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One model of the ablation.
+
+    **Attributes:**
+
+    - `name`, `description`: for tables and files.
+    - `routed`: builds the routed layer of a size from a key; `None` for a dense model.
+    - `rule`: what decides membership when the model runs causally; `None` where the training
+        selection is causal as it is.
+    - `under_rule`: the last share of training that runs under `rule`, with the slots it had.
+    - `auxiliary`: added to the loss, from the routings of a step.
+    """
+
+    name: str
+    description: str
+    routed: Callable[[Size, PRNGKeyArray], Callable] | None = None
+    rule: mode.AbstractRule | None = None
+    under_rule: float = 0.0
+    auxiliary: Callable[[tuple[mode.Routing, ...]], Float[Array, ""]] | None = None
+
+    def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
+        """The model, with fresh parameters."""
+        routed = self.routed
+
+        def dense(key: PRNGKeyArray) -> mode.Residual:
+            return mode.Residual(_block(size, key))
+
+        def layer(key: PRNGKeyArray) -> Callable:
+            return dense(key) if routed is None else routed(size, key)
+
+        return mode.Transformer(
+            VOCAB, size.dim, mode.every_other(dense, layer, size.depth), key=key
+        )
+
+    def change(self, steps: int) -> int:
+        """The step from which training runs under `rule`; `steps` where it never does."""
+        return steps - round(self.under_rule * steps)
+
+
+def _block(size: Size, key: PRNGKeyArray) -> mode.TransformerBlock:
+    return mode.TransformerBlock(size.dim, size.heads, key=key)
+
+
+def _depths(
+    size: Size,
+    key: PRNGKeyArray,
+    *,
+    select: mode.AbstractSelector = mode.ExpertChoice(),
+    predictor: bool = False,
+) -> mode.MixtureOfDepths:
+    block_key, router_key, predictor_key = jax.random.split(key, 3)
+    return mode.MixtureOfDepths(
+        _block(size, block_key),
+        size.dim,
+        size.capacity,
+        select=select,
+        predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
+        key=router_key,
+    )
+
+
+def _learned(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
+    return _depths(size, key)
+
+
+def _predicted(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
+    return _depths(size, key, predictor=True)
+
+
+def _random(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
+    return _depths(size, key, select=mode.RandomChoice())
+
+
+def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLU]:
+    # The dense block's own feed-forward: an expert on every token costs what the dense one does.
+    return lambda key: mode.SwiGLU(size.dim, key=key)
+
+
+def _experts(size: Size, key: PRNGKeyArray) -> mode.Residual:
+    return mode.integrated_mode(
+        _expert(size), size.dim, size.heads, size.experts + size.noop, 0, key=key
+    )
+
+
+def _reduced(size: Size, key: PRNGKeyArray) -> mode.Residual:
+    return mode.reduced_capacity_moe(
+        _expert(size), size.dim, size.heads, size.experts, size.noop, key=key
+    )
+
+
+def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
+    return mode.staged_mode(
+        _expert(size),
+        size.dim,
+        size.heads,
+        size.experts + size.noop,
+        capacity=size.capacity,
+        key=key,
+    )
+
+
+def _integrated(size: Size, key: PRNGKeyArray) -> mode.Residual:
+    return mode.integrated_mode(
+        _expert(size), size.dim, size.heads, size.experts, size.noop, key=key
+    )
+
+
+def _predictor_loss(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
+    # Its coefficient is 1: no gradient leaves the predictors, so it weighs against nothing.
+    return jnp.mean(jnp.stack([mode.predictor_bce(routing) for routing in routings]))
+
+
+_QUANTILE = mode.ByQuantile()
+_LAST_FIFTH = 0.2
+
+ARMS: tuple[Arm, ...] = (
+    Arm("dense", "every token through every block"),
+    Arm(
+        "mod",
+        "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
+        _learned,
+        _QUANTILE,
+        _LAST_FIFTH,
+    ),
+    Arm(
+        "mod-predictor",
+        "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
+        _predicted,
+        mode.ByPredictor(),
+        auxiliary=_predictor_loss,
+    ),
+    Arm("mod-random", "the control: Mixture-of-Depths whose tokens are drawn at random", _random),
+    Arm(
+        "moe",
+        "expert-choice Mixture-of-Experts at the dense model's FLOPs",
+        _experts,
+        _QUANTILE,
+        _LAST_FIFTH,
+    ),
+    Arm(
+        "moe-reduced",
+        "the control: Mixture-of-Experts with the slots of mode-integrated and no no-ops",
+        _reduced,
+        _QUANTILE,
+        _LAST_FIFTH,
+    ),
+    Arm(
+        "mode-staged",
+        "staged MoDE: first to or around the block, then to an expert inside it",
+        _staged,
+        _QUANTILE,
+        _LAST_FIFTH,
+    ),
+    Arm(
+        "mode-integrated",
+        "integrated MoDE: experts and no-op experts in one routing",
+        _integrated,
+        _QUANTILE,
+        _LAST_FIFTH,
+    ),
+)
+NAMES = tuple(arm.name for arm in ARMS)
+
+
+def arms_named(names: Sequence[str]) -> list[Arm]:
+    """The arms of those names, in the order of `ARMS`.
+
+    **Raises:** `ValueError` for no name or an unknown one.
+    """
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown or not names:
+        raise ValueError(
+            f"`arms` must name at least one of {', '.join(NAMES)}, got "
+            f"{', '.join(unknown) or 'none'}."
+        )
+    return [arm for arm in ARMS if arm.name in names]

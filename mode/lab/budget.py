@@ -1,0 +1,66 @@
+"""Equal training FLOPs: how many steps each arm may take, counted on the program it runs."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import mode
+
+from .arms import ARMS, Arm, Size
+from .data import Batch, shape_of_batch
+from .train import loss_and_gradient
+
+
+# A budget of 1 is what the dense arm spends on this many steps.
+DENSE_STEPS = 400
+
+
+def flops_per_step(arm: Arm, size: Size) -> int:
+    """FLOPs of one training step's loss and gradient. The optimizer's few are left out."""
+    model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
+    sample = shape_of_batch(size.length, size.batch)
+    return mode.count_flops(
+        lambda model, sample, key: loss_and_gradient(arm, model, Batch.of(sample), key),
+        model,
+        sample,
+        jax.random.key(0),
+    ).total
+
+
+def forward_flops_per_token(arm: Arm, size: Size) -> float:
+    """FLOPs of a forward pass under the training selection, per token."""
+    model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((1, size.length), jnp.int32)
+    counted = mode.count_flops(
+        lambda model, tokens, key: model(tokens, key=key)[0], model, tokens, jax.random.key(0)
+    )
+    return counted.total / size.length
+
+
+def training_budget(budget: float, size: Size) -> float:
+    """The FLOPs that `budget` stands for.
+
+    **Raises:** `ValueError` where it is not a finite number above 0.
+    """
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(
+            f"`budget` must be a finite number above 0, got {budget}. It scales the training "
+            f"FLOPs of every arm; 1 is {DENSE_STEPS} steps of the dense arm."
+        )
+    return budget * DENSE_STEPS * flops_per_step(ARMS[0], size)
+
+
+def steps_for(arm: Arm, flops: float, per_step: int) -> int:
+    """The number of steps whose FLOPs come nearest to the budget.
+
+    **Raises:** `ValueError` for a budget of less than two steps.
+    """
+    steps = round(flops / per_step)
+    if steps < 2:
+        raise ValueError(
+            f"`budget` must pay for at least 2 steps of every arm, got {flops / per_step:.2f} "
+            f"steps of {arm.name!r}. Raise it."
+        )
+    return steps

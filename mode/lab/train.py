@@ -1,0 +1,200 @@
+"""Training one arm: a jitted step, twice compiled at most, and a loss that must stay finite."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+import mode
+
+from .arms import Arm, Size
+from .data import Batch, Documents, batches
+
+
+# Steps between two looks at the loss. Each look waits for the device.
+_LOOK = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How every arm is trained."""
+
+    learning_rate: float = 1e-2
+    """Peak of the cosine schedule, tuned on the dense arm alone."""
+    weight_decay: float = 0.01
+    """Of AdamW, on parameters; router state has none."""
+    clip: float = 1.0
+    """Largest global norm of a gradient."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises from 0."""
+
+
+class TrainState(eqx.Module):
+    """All that a step changes. `mode.causal` swaps the selectors in it, the optimizer's included.
+
+    **Attributes:**
+
+    - `model`: parameters and router state.
+    - `optimizer`: of the parameters alone.
+    - `step`: steps taken.
+    - `key`: of the run; each step folds its number in.
+    """
+
+    model: mode.Transformer
+    optimizer: PyTree
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training an arm gave.
+
+    **Attributes:**
+
+    - `model`: with the selectors it was built with.
+    - `losses`: of every step, in bits per byte.
+    - `step_seconds`: median time of a step, compilation left out.
+    - `seconds`: of the whole training, compilation included.
+    """
+
+    model: mode.Transformer
+    losses: list[float]
+    step_seconds: float
+    seconds: float
+
+
+def next_byte_loss(
+    model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[mode.Routing, ...]]:
+    """Mean cross entropy in nats over the targets that count, and the routings."""
+    logits, routings = model(batch.inputs, batch.info, key=key)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1), routings
+
+
+def loss_and_gradient(
+    arm: Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[mode.Routing, ...], PyTree]:
+    """The next-byte loss, the routings, and the gradient of that loss and the arm's own.
+
+    This is what a training step computes; `budget` counts the FLOPs of this very function.
+    """
+    parameters, rest = eqx.partition(model, mode.trainable(model))
+
+    def objective(
+        parameters: PyTree,
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], tuple[mode.Routing, ...]]]:
+        loss, routings = next_byte_loss(eqx.combine(parameters, rest), batch, key)
+        extra = jnp.zeros(()) if arm.auxiliary is None else arm.auxiliary(routings)
+        return loss + extra, (loss, routings)
+
+    gradient, (loss, routings) = jax.grad(objective, has_aux=True)(parameters)
+    return loss, routings, gradient
+
+
+def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """AdamW under a cosine that ends with the last of `steps`, gradients clipped."""
+    warmup = min(steps - 1, max(1, round(recipe.warmup * steps)))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, warmup, steps, end_value=0.05 * recipe.learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(schedule, b2=0.99, weight_decay=recipe.weight_decay),
+    )
+
+
+def make_step(
+    arm: Arm, optimizer: optax.GradientTransformation
+) -> Callable[[dict[str, Any], TrainState], tuple[TrainState, Float[Array, ""]]]:
+    """One step, jitted: gradient, update, and then the router state moves. The state is donated."""
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(
+        sample: dict[str, Int[Array, "batch sample"]], state: TrainState
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        key = jax.random.fold_in(state.key, state.step)
+        loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
+        parameters = eqx.filter(state.model, mode.trainable(state.model))
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, parameters)
+        model = eqx.apply_updates(state.model, updates)
+        model = mode.update_state(model, routings)
+        return TrainState(model, optimizer_state, state.step + 1, state.key), loss
+
+    return step
+
+
+def train(
+    arm: Arm,
+    size: Size,
+    recipe: Recipe,
+    documents: Documents,
+    *,
+    steps: int,
+    seed: int,
+    watch: Callable[[int, float], None],
+) -> Trained:
+    """Train `arm` for exactly `steps` steps.
+
+    **Arguments:**
+
+    - `documents`: what to train on.
+    - `steps`: at least 2.
+    - `seed`: of parameters, data order and random routing; arms with one seed see one data order.
+    - `watch`: told the steps taken and the latest loss, in bits per byte, now and then.
+
+    **Raises:** `FloatingPointError` where the loss is not finite.
+    """
+    began = time.perf_counter()
+    model_key, run_key = jax.random.split(jax.random.key(seed))
+    # Kept: the model is trained under other selectors at the end, and returned under its own.
+    built = arm.build(size, key=model_key)
+    optimizer = make_optimizer(recipe, steps)
+    parameters = eqx.filter(built, mode.trainable(built))
+    state = TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+    structure = jax.tree.structure(built)
+    stream = batches(documents, length=size.length, batch=size.batch, seed=seed)
+    step = make_step(arm, optimizer)
+    change = arm.change(steps)
+    losses: list[float] = []
+    times: list[float] = []
+    for first, last in ((0, change), (change, steps)):
+        if first == last:
+            continue
+        if first:
+            state = mode.causal(state, by=arm.rule, limit=None)
+        taken = first
+        while taken < last:
+            # The first step of a phase compiles, and is looked at alone.
+            count = 1 if taken == first else min(_LOOK, last - taken)
+            start = time.perf_counter()
+            latest = []
+            for _ in range(count):
+                state, loss = step(next(stream), state)
+                latest.append(loss)
+            losses += [float(loss) / math.log(2) for loss in latest]
+            if taken > first:
+                times.append((time.perf_counter() - start) / count)
+            taken += count
+            _check_finite(arm, losses, taken)
+            watch(taken, losses[-1])
+    model = jax.tree.unflatten(structure, jax.tree.leaves(state.model))
+    median = sorted(times)[len(times) // 2] if times else math.nan
+    return Trained(model, losses, median, time.perf_counter() - began)
+
+
+def _check_finite(arm: Arm, losses: list[float], taken: int) -> None:
+    for place in range(max(0, taken - _LOOK), taken):
+        if not math.isfinite(losses[place]):
+            raise FloatingPointError(
+                f"the loss of arm {arm.name!r} became {losses[place]} at step {place + 1}. Lower "
+                "`--recipe.learning-rate`, or try another `--seed`."
+            )
