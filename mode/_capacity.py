@@ -4,7 +4,10 @@ import math
 from fractions import Fraction
 
 
-def exact_fraction(name: str, value: float | Fraction) -> Fraction:
+Share = int | float | Fraction
+
+
+def exact_fraction(name: str, value: Share) -> Fraction:
     """The simplest fraction that equals a float: `0.1` is 1/10, `1.1 / 8` is 11/80, `1 / 3` is 1/3.
 
     A float is a rounded version of the number its author meant. Taking its binary value instead
@@ -27,7 +30,7 @@ def exact_fraction(name: str, value: float | Fraction) -> Fraction:
     return Fraction(value)
 
 
-def token_capacity(num_tokens: int, fraction: float | Fraction, *, multiple_of: int = 1) -> int:
+def token_capacity(num_tokens: int, fraction: Share, *, multiple_of: int = 1) -> int:
     """The number of slots that `fraction` of a group of tokens comes to.
 
     $\\min(T, \\max(1, m \\lceil \\lfloor T f \\rfloor / m \\rceil))$, in exact arithmetic: the

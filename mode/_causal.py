@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Bool, PyTree
 
 from ._block import Routings
-from ._capacity import token_capacity
+from ._capacity import Share, token_capacity
 from ._router import Router
 from ._routing import Routing
 from ._select import Request
@@ -18,7 +18,7 @@ def _rule(router: Router, by: AbstractRule | None) -> AbstractRule:
     return ByQuantile() if router.predictor is None else ByPredictor()
 
 
-def causal(model: PyTree, *, by: AbstractRule | None = None, limit: float | None = 1.0) -> PyTree:
+def causal(model: PyTree, *, by: AbstractRule | None = None, limit: Share | None = 1.0) -> PyTree:
     """A copy of `model` in which no token's routing depends on later tokens.
 
     Each selector that looks ahead becomes `Threshold(by, limit)`; the others, `TokenChoice`,

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ._block import Layer, Residual, Routings
+from ._capacity import Share
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
 from ._info import TokenInfo, resolve_info
@@ -224,7 +225,7 @@ def mod_decoder(
     depth: int,
     num_heads: int,
     *,
-    capacity: float | Sequence[float] = 0.125,
+    capacity: Share | Sequence[Share] = 0.125,
     every: int = 2,
     offset: int = 1,
     num_kv_heads: int | None = None,
@@ -265,7 +266,7 @@ def mod_decoder(
     def dense(key: PRNGKeyArray) -> Residual:
         return Residual(block(key))
 
-    def routed(capacity: float) -> MakeLayer:
+    def routed(capacity: Share) -> MakeLayer:
         def make(key: PRNGKeyArray) -> MixtureOfDepths:
             block_key, router_key, predictor_key = jax.random.split(key, 3)
             return MixtureOfDepths(
@@ -282,7 +283,7 @@ def mod_decoder(
     makers = every_other(dense, routed(1.0), depth, every=every, offset=offset)
     places = [place for place, make in enumerate(makers) if make is not dense]
     count = len(places)
-    schedule = [capacity] * count if isinstance(capacity, int | float) else list(capacity)
+    schedule = [capacity] * count if isinstance(capacity, Share) else list(capacity)
     if len(schedule) != count:
         raise ValueError(
             f"`capacity` must have one number per routed layer, {count}, got {len(schedule)}."

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._block import Block, Routings
-from ._capacity import exact_fraction
+from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch, dispatch_info
 from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
@@ -15,7 +15,7 @@ from ._router import Predictor, Router
 from ._select import AbstractSelector, ExpertChoice
 
 
-def check_capacity(capacity: float) -> None:
+def check_capacity(capacity: Share) -> None:
     """Refuse a capacity that is not a share of the tokens."""
     if not (math.isfinite(capacity) and 0 < capacity <= 1):
         raise ValueError(
@@ -69,7 +69,7 @@ class MixtureOfDepths(eqx.Module):
         self,
         block: Block,
         dim: int,
-        capacity: float = 0.125,
+        capacity: Share = 0.125,
         *,
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = Raw(),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._block import Routings
-from ._capacity import exact_fraction
+from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
@@ -75,7 +75,7 @@ class MixtureOfExperts(eqx.Module):
         dim: int,
         num_experts: int,
         *,
-        capacity_factor: float | Fraction = 1.0,
+        capacity_factor: Share = 1.0,
         num_noop: int = 0,
         num_shared: int = 0,
         select: AbstractSelector = ExpertChoice(),

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from ._block import Residual
+from ._capacity import Share
 from ._depth import MixtureOfDepths
 from ._experts import MakeExpert, MixtureOfExperts
 from ._gate import AbstractGate, Raw
@@ -23,8 +24,8 @@ def staged_mode(
     num_heads: int,
     num_experts: int,
     *,
-    capacity: float = 0.125,
-    capacity_factor: float | Fraction = 1.0,
+    capacity: Share = 0.125,
+    capacity_factor: Share = 1.0,
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
     gate: AbstractGate = Raw(),
@@ -76,7 +77,7 @@ def integrated_mode(
     num_experts: int,
     num_noop: int,
     *,
-    capacity_factor: float | Fraction | None = None,
+    capacity_factor: Share | None = None,
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
     key: PRNGKeyArray,

@@ -42,7 +42,8 @@ class Routing(eqx.Module):
 
     Counts are kept apart: a token that *chose* a no-op, one that was *dropped* because the expert
     it asked for was full, and one that is *padding* are three different things. Under
-    `TokenChoice(k)`, filled + no-op + dropped + k x padding = k x tokens in every group.
+    `TokenChoice(k)`, filled + no-op + dropped + k x padding = k x tokens in every group (as long as
+    a token has k choices whose score is not minus infinity).
     """
 
     index: Int[Array, "*groups experts capacity"]
@@ -104,11 +105,13 @@ class RouterState(eqx.Module):
     - `threshold`: `[experts]`, running estimate of the score above which the share `capacity` of
         all tokens lies.
     - `updates`: how many times it was moved.
+
+    Layers that are scanned over share one state with a leading axis of layers.
     """
 
-    bias: Float[Array, " choices"]
-    threshold: Float[Array, " experts"]
-    updates: Int[Array, ""]
+    bias: Float[Array, "*layers choices"]
+    threshold: Float[Array, "*layers experts"]
+    updates: Int[Array, "*layers"]
 
     @staticmethod
     def initial(num_experts: int, num_choices: int) -> "RouterState":

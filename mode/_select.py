@@ -184,6 +184,11 @@ class Strided(AbstractSelector):
 
     def __call__(self, request: Request, *, key: PRNGKeyArray | None = None) -> Selection:
         del key
+        if request.num_tokens * request.slots >= 2**31:
+            raise ValueError(
+                "`Strided` counts in 32-bit integers: tokens * slots must be below 2**31, got "
+                f"{request.num_tokens} * {request.slots}. Use shorter groups or fewer slots."
+            )
         rank = jnp.cumsum(request.valid, axis=-1, dtype=jnp.int32)[..., None]
         total = jnp.maximum(rank[..., -1:, :], 1)
         expert = jnp.expand_dims(

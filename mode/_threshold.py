@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._capacity import exact_fraction
+from ._capacity import Share, exact_fraction
 from ._select import AbstractSelector, Request, Selection, count_asked, first_come
 
 
@@ -77,7 +77,7 @@ class Threshold(AbstractSelector):
     """
 
     by: AbstractRule = ByQuantile()
-    limit: float | None = eqx.field(static=True, default=1.0)
+    limit: Share | None = eqx.field(static=True, default=1.0)
     looks_ahead: ClassVar[bool] = False
 
     def __check_init__(self):

@@ -24,7 +24,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ._capacity import token_capacity
 from ._router import Router
 from ._routing import Routing
-from ._state import routers, trainable
+from ._state import routers, trainable, update_state
 
 
 Model = Callable[..., tuple[Array, tuple[Routing, ...]]]
@@ -176,17 +176,37 @@ def assert_no_retrace(
     dtype: DTypeLike = jnp.float32,
     key: PRNGKeyArray | None = None,
 ) -> None:
-    """One compiled program serves every routing: inputs that route differently trace it once."""
+    """One compiled program serves every routing and every step.
+
+    Inputs that route differently, and a model whose router state was moved by `update_state`, trace
+    it once; a model that decides in Python by the value of an array, or whose shapes depend on
+    something outside its arguments, such as a counter of its calls, fails.
+    """
     like = _abstract(groups, tokens, dim, vocab, dtype)
     arrays, rest = eqx.partition(model, eqx.is_array)
 
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def run(arrays: PyTree, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routing, ...]]:
-        return eqx.combine(arrays, rest)(x, key=key)
+    def call(
+        arrays: PyTree, x: Array, key: PRNGKeyArray
+    ) -> tuple[Array, tuple[Routing, ...], PyTree]:
+        model = eqx.combine(arrays, rest)
+        hidden, routings = model(x, key=key)
+        return hidden, routings, eqx.filter(update_state(model, routings), eqx.is_array)
 
-    for draw in jax.random.split(_key(key), 3):
-        run(arrays, _inputs(like, vocab, draw), draw)
+    run = jax.jit(chex.assert_max_traces(call, n=1))
+    moved = arrays
+    try:
+        for draw in jax.random.split(_key(key), 3):
+            *results, moved = run(moved, _inputs(like, vocab, draw), draw)
+    except jax.errors.ConcretizationTypeError as error:
+        raise AssertionError(f"the model reads the value of an array in Python: {error}") from error
+    # A new function, so that JAX does not answer from the trace it has.
+    *again, _ = jax.eval_shape(lambda *args: call(*args), arrays, like, _key(key))
+    for first, second in zip(jax.tree.leaves(results), jax.tree.leaves(again), strict=True):
+        if (first.shape, first.dtype) != (second.shape, second.dtype):
+            raise AssertionError(
+                f"traced again, the same call gave shape {second.shape} instead of {first.shape}: "
+                "the model depends on something outside its arguments."
+            )
 
 
 def assert_causal(
@@ -247,9 +267,12 @@ def assert_router_gradients(
     gradients = gradient(parameters)
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)):
         raise AssertionError("a gradient is not finite.")
-    for place, router in enumerate(routers(gradients)):
-        for leaf in jax.tree.leaves(router.scorer):
-            norms = np.abs(np.asarray(leaf)).sum(axis=(-1, -2))
+    for place, (router, gradient_of) in enumerate(
+        zip(routers(model), routers(gradients), strict=True)
+    ):
+        stacked = router.state.threshold.ndim - 1
+        for leaf in jax.tree.leaves(gradient_of.scorer):
+            norms = np.abs(np.asarray(leaf)).sum(axis=tuple(range(stacked, leaf.ndim)))
             if not np.all(norms > 0):
                 raise AssertionError(f"no gradient reaches the scorer of router {place}.")
 

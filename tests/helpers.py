@@ -1,7 +1,9 @@
 """What several test files share: seeds, tolerances, and small layers to test."""
 
 from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,12 @@ def assert_close(actual: PyTree, expected: PyTree, *, scale: float = 1.0) -> Non
         np.testing.assert_allclose(
             one.astype(np.float64), other.astype(np.float64), rtol=tolerance, atol=tolerance
         )
+
+
+@eqx.filter_jit
+def run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """`function(*arguments, **options)` compiled, once for all tests that use the same shapes."""
+    return function(*arguments, **options)
 
 
 def rng(seed: int) -> np.random.Generator:

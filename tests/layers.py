@@ -52,9 +52,8 @@ class Blend(eqx.Module):
         self, x: Array, info: mode.TokenInfo, *, key: PRNGKeyArray | None = None
     ) -> tuple[Array, tuple[()]]:
         same = info.segment_ids[..., :, None] == info.segment_ids[..., None, :]
-        seen = jnp.tril(same)
-        far = info.positions[..., :, None] - info.positions[..., None, :]
-        weight = (seen / (1 + jnp.abs(far))).astype(x.dtype)
+        far = jnp.abs(info.positions[..., :, None] - info.positions[..., None, :])
+        weight = jnp.where(jnp.tril(same), 1 / (1 + far.astype(x.dtype)), 0)
         return self.outer(jnp.tanh(weight @ self.inner(x))), ()
 
 
@@ -104,9 +103,9 @@ def predicted(key: PRNGKeyArray, **options: Any) -> mode.MixtureOfDepths:
 
 
 def stack(key: PRNGKeyArray, **options: Any) -> mode.Stack:
-    """The layers of a decoder: dense and routed in turns, scanned over."""
-    options = {"depth": 4, "num_heads": 2, "capacity": 0.25, **options}
-    return mode.mod_decoder(VOCAB, DIM, key=key, **options).stacks[0]
+    """Layers of a decoder, dense and routed in turns, scanned over."""
+    makers = mode.every_other(lambda key: mode.Residual(Blend(key)), depth, options.pop("depth", 4))
+    return mode.Transformer(VOCAB, DIM, makers, key=key, **options).stacks[0]
 
 
 CASES = [
@@ -124,7 +123,7 @@ CASES = [
     ),
     Case("moe_strided", lambda key: experts(key, select=mode.Strided())),
     Case("moe_by_logit", lambda key: experts(key, select=mode.Threshold(mode.ByLogit(), 0.5))),
-    Case("mod", lambda key: depth(key, transformer_block)),
+    Case("mod", lambda key: depth(key, functools.partial(transformer_block, num_kv_heads=1))),
     Case("mod_own_block", lambda key: depth(key)),
     Case("mod_delta", lambda key: depth(key, lambda k: mode.Delta(Skipping(k)))),
     Case("mod_random", lambda key: depth(key, select=mode.RandomChoice()), bound=True),
@@ -142,7 +141,7 @@ CASES = [
     Case("integrated", lambda key: mode.integrated_mode(expert, DIM, 2, 3, 1, key=key)),
     Case("reduced", lambda key: mode.reduced_capacity_moe(expert, DIM, 2, 3, 1, key=key)),
     Case("stack", lambda key: stack(key)),
-    Case("stack_remat", lambda key: stack(key, every=1, offset=0, num_kv_heads=1, remat=True)),
+    Case("stack_remat", lambda key: stack(key, remat=True)),
 ]
 
 
@@ -192,3 +191,32 @@ def loss(parameters: PyTree, rest: PyTree, x: Array, info: mode.TokenInfo | None
 def split(layer: Any) -> tuple[PyTree, PyTree]:
     """Parameters and the rest."""
     return eqx.partition(layer, mode.trainable(layer))
+
+
+class One(mode.AbstractGate):
+    """A gate of a user's own: every weight is 1, so that the layer is the block it routes to."""
+
+    def scores(self, logits: Array) -> Array:
+        return logits
+
+    def __call__(self, logits: Array, selected: Array) -> Array:
+        return jnp.ones_like(logits[..., : selected.shape[-1]])
+
+
+def ranked(layer: Any) -> Any:
+    """The layer with a router that reads the first feature: the test decides who is selected."""
+
+    def reads_first(router: mode.Router) -> mode.Router:
+        weight = jnp.zeros_like(router.scorer.weight).at[..., 0, 0].set(1)
+        return eqx.tree_at(lambda r: r.scorer.weight, router, weight)
+
+    return mode.map_routers(reads_first, layer)
+
+
+def with_selector(select: mode.AbstractSelector, layer: Any) -> Any:
+    return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.select, r, select), layer)
+
+
+def with_bias(bias: Array, layer: Any) -> Any:
+    """The layer with a selection bias in each of its routers."""
+    return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.state.bias, r, bias), layer)

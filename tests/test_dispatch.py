@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mode
-from tests.helpers import assert_close, f64, hidden_states, packed_info, padded_info, rng
+from tests.helpers import assert_close, f64, hidden_states, packed_info, padded_info, rng, run
 
 
 DIM = 8
@@ -201,7 +201,7 @@ def test_padding_passes_by_unchanged(name):
     info = padded_info(12, 5, 0, tokens=12)
     padding = ~np.asarray(info.valid)
     x = hidden_states(60, 3, 12, DIM)
-    hidden, _ = eqx.filter_jit(LAYERS[name])(x, info)
+    hidden, _ = run(LAYERS[name], x, info)
     assert np.asarray(hidden)[padding].tobytes() == np.asarray(x)[padding].tobytes()
 
 
@@ -209,15 +209,14 @@ def test_skipped_tokens_are_not_keys():
     """Changing a skipped token that stays skipped changes no other token's bits."""
     layer = LAYERS["depths"]
     x = hidden_states(70, 1, 12, DIM)
-    run = eqx.filter_jit(layer)
-    before, (routing,) = run(x)
+    before, (routing,) = run(layer, x)
     skipped = ~routing.selected.any(-1)[..., None]
     # Orthogonal to the router's weights, so that no score moves by more than its rounding.
     direction = layer.router.scorer.weight[:, 0]
     noise = hidden_states(71, 1, 12, DIM)
     along = jnp.einsum("gtd,d->gt", noise, direction) / jnp.sum(direction**2)
     noise = noise - along[..., None] * direction[None, None]
-    after, (moved,) = run(jnp.where(skipped, x + noise, x))
+    after, (moved,) = run(layer, jnp.where(skipped, x + noise, x))
     np.testing.assert_array_equal(moved.index, routing.index)
     chosen = ~np.asarray(skipped)[..., 0]
     assert np.asarray(before)[chosen].tobytes() == np.asarray(after)[chosen].tobytes()
@@ -236,12 +235,14 @@ def test_blocks_see_true_positions_of_what_was_gathered():
     chosen = hidden_states(80, 4, DIM).at[:, 0].set(1.0)
     positions = jnp.asarray([1, 4, 5, 9])
     spread = hidden_states(81, 10, DIM).at[:, 0].set(-1.0).at[positions].set(chosen)
-    hidden, (routing,) = eqx.filter_jit(layer)(spread)
+    hidden, (routing,) = run(layer, spread)
     assert routing.index[0, :4].tolist() == [1, 4, 5, 9]
-    run = eqx.filter_jit(mode.Residual(layer.block))
-    told = run(chosen, mode.TokenInfo(positions.astype(jnp.int32), jnp.ones(4, jnp.int32)))[0]
+    dense = mode.Residual(layer.block)
+    told = run(dense, chosen, mode.TokenInfo(positions.astype(jnp.int32), jnp.ones(4, jnp.int32)))[
+        0
+    ]
     assert_close(hidden[positions], told)
-    assert np.abs(told - run(chosen)[0]).max() > 1e-3
+    assert np.abs(told - run(dense, chosen)[0]).max() > 1e-3
 
 
 def test_packed_documents_do_not_see_each_other():
@@ -249,7 +250,7 @@ def test_packed_documents_do_not_see_each_other():
     layer = mode.MixtureOfDepths(LAYERS["dense"].block, DIM, 1.0, key=jax.random.key(5))
     info = packed_info((5, 7), tokens=12)
     x = hidden_states(90, 1, 12, DIM)
-    together, _ = eqx.filter_jit(layer)(x, info)
+    together, _ = run(layer, x, info)
     for part in (slice(0, 5), slice(5, 12)):
-        alone, _ = eqx.filter_jit(layer)(x[:, part])
+        alone, _ = run(layer, x[:, part])
         assert_close(together[:, part], alone)

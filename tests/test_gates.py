@@ -20,6 +20,7 @@ from tests.helpers import (
     oracle_router,
     packed_info,
     rng,
+    run,
 )
 
 
@@ -54,7 +55,7 @@ def test_weights_and_scores_equal_the_oracle(gate, noop):
     router = eqx.tree_at(lambda r: r.state.bias, router, jnp.asarray(bias))
     x = hidden_states(2, 2, 9, 8)
     info = packed_info((5, 3), (2,), tokens=9)
-    routing = eqx.filter_jit(router)(x, info)
+    routing = run(router, x, info)
     scores = router.scores(routing.logits)
     for group in range(2):
         valid = np.asarray(info.valid[group])
@@ -116,7 +117,7 @@ def test_the_router_computes_in_float32(gate, dtype):
     )
     x = hidden_states(6, 4, 64).astype(dtype)
     info = mode.TokenInfo.plain((4,))
-    routing = eqx.filter_jit(router)(x, info)
+    routing = run(router, x, info)
     assert routing.logits.dtype == routing.weight.dtype == jnp.float32
     assert_close(routing.logits, ref.router_logits(f64(x), oracle_router(router)))
 
@@ -187,7 +188,7 @@ def test_gradient_of_a_language_model_loss_by_finite_differences(routed):
             return jnp.mean(losses), routings[0].index
 
         weight = where(model)
-        gradient, index = eqx.filter_jit(jax.grad(loss, has_aux=True))(weight)
+        gradient, index = run(jax.grad(loss, has_aux=True), weight)
         slopes = np.zeros(weight.shape)
         for place in np.ndindex(weight.shape):
             up, up_index = loss(weight.at[place].add(1e-5))
@@ -212,7 +213,7 @@ def test_a_no_op_gets_gradient_by_competition(select):
         key=jax.random.key(13),
     )
     loss = eqx.filter_grad(lambda layer, x: jnp.sum(jnp.sin(layer(x)[0])))
-    gradient = eqx.filter_jit(loss)(layer, hidden_states(14, 12, 8))
+    gradient = run(loss, layer, hidden_states(14, 12, 8))
     assert np.abs(gradient.router.scorer.weight[:, 2]).max() > 1e-4
     assert gradient.router.scorer.weight.shape == (8, 3)
 
@@ -229,6 +230,6 @@ def test_the_selection_bias_and_the_threshold_get_no_gradient():
     layer = eqx.tree_at(lambda m: m.router.state.bias, layer, jnp.asarray([0.3, -0.2]))
     layer = eqx.tree_at(lambda m: m.router.select, layer, mode.Threshold(mode.ByQuantile()))
     loss = eqx.filter_grad(lambda layer, x: jnp.sum(layer(x)[0]))
-    gradient = eqx.filter_jit(loss)(layer, hidden_states(16, 12, 8))
+    gradient = run(loss, layer, hidden_states(16, 12, 8))
     assert not np.asarray(gradient.router.state.bias).any()
     assert not np.asarray(gradient.router.state.threshold).any()

@@ -10,16 +10,10 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, f64, rng
+from tests.helpers import assert_close, f64, rng, run
 
 
 TOKENS = 14
-
-
-@eqx.filter_jit
-def run(function, *arguments):
-    """One program per function and shape."""
-    return function(*arguments)
 
 
 def draw_routing(seed, experts, noop=0, k=None, slots=4, groups=(3,), predictor=False):

@@ -44,7 +44,8 @@ def poisoned(info: mode.TokenInfo) -> Array:
 def gradients(parameters: PyTree, rest: PyTree, x: Array, info: mode.TokenInfo) -> Array:
     """Of a loss that reads padding too, evenly: what its gradient is there is known to be 1."""
     out, _ = eqx.combine(parameters, rest)(x, info, key=jax.random.key(2))
-    return jnp.sum(jnp.where(info.valid[..., None], jnp.sin(out), out))
+    real = info.valid[..., None]
+    return jnp.sum(jnp.sin(jnp.where(real, out, 0))) + jnp.sum(jnp.where(real, 0, out))
 
 
 @every

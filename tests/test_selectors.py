@@ -11,7 +11,7 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, f64, hidden_states, oracle_router, rng
+from tests.helpers import assert_close, f64, hidden_states, oracle_router, rng, run
 
 
 # groups, tokens, experts, no-ops, slots
@@ -39,12 +39,6 @@ def request(scores, valid, experts, slots, **fields):
     scores = jnp.asarray(scores, jnp.float32)
     given = {"logits": scores, "predictor": None, "threshold": jnp.zeros(experts), **fields}
     return mode.Request(scores=scores, valid=jnp.asarray(valid), slots=slots, **given)
-
-
-@eqx.filter_jit
-def run(select, asked, key=None):
-    """One compilation for all cases of a shape."""
-    return select(asked, key=key)
 
 
 def same(selection, assignment):
@@ -220,7 +214,7 @@ def test_token_choice_accounts_for_every_assignment(k, fraction):
     router = make_router(jax.random.key(0), mode.TokenChoice(k), fraction)
     valid = draw_valid(60, (4,), 20)
     info = mode.TokenInfo.packed(jnp.asarray(valid, jnp.int32))
-    routing = eqx.filter_jit(router)(hidden_states(61, 4, 20, 8), info)
+    routing = run(router, hidden_states(61, 4, 20, 8), info)
     total = routing.num_filled + routing.num_noop + routing.num_dropped + k * routing.num_padding
     assert total.tolist() == [k * 20] * 4
     assert routing.num_padding.tolist() == (~valid).sum(-1).tolist()
@@ -260,9 +254,9 @@ def test_replay_repeats_the_assignments_with_live_weights(select):
     keys = jax.random.split(jax.random.key(0), 3)
     one, other = (make_router(key, select, Fraction(1, 3)) for key in keys[:2])
     x, info = hidden_states(70, 2, 12, 8), mode.TokenInfo.plain((2, 12))
-    recorded = eqx.filter_jit(one)(x, info, key=keys[2])
+    recorded = run(one, x, info, key=keys[2])
     replaying = eqx.tree_at(lambda r: r.select, other, mode.Replay(recorded))
-    replayed = eqx.filter_jit(replaying)(x, info)
+    replayed = run(replaying, x, info)
     np.testing.assert_array_equal(replayed.index, recorded.index)
     np.testing.assert_array_equal(replayed.load, recorded.load)
     for group in range(2):

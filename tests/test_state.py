@@ -18,6 +18,7 @@ from tests.helpers import (
     packed_info,
     padded_info,
     rng,
+    run,
 )
 
 
@@ -96,9 +97,9 @@ def test_the_first_quantile_takes_exactly_the_tokens_that_top_k_took():
     """One update sets the threshold between the k-th and the next score of the batch."""
     layer = make_depths()
     x = hidden_states(10, 16, DIM)
-    _, routings = eqx.filter_jit(layer)(x)
+    _, routings = run(layer, x)
     moved = mode.causal(mode.update_state(layer, routings))
-    _, (routing,) = eqx.filter_jit(moved)(x)
+    _, (routing,) = run(moved, x)
     np.testing.assert_array_equal(routing.selected, routings[0].selected)
     assert int(routing.num_filled) == 4
 
@@ -202,7 +203,7 @@ def test_no_optimizer_moves_router_state():
 def test_update_state_moves_nothing_but_state():
     """All other leaves are the very arrays that were passed in."""
     model = make_decoder(predictor=True)
-    _, routings = eqx.filter_jit(model)(draw_tokens(6, 2, 10))
+    _, routings = run(model, draw_tokens(6, 2, 10))
     moved = mode.update_state(model, routings)
     old, new = (eqx.filter(m, mode.trainable(m)) for m in (model, moved))
     pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
@@ -225,7 +226,7 @@ def test_causal_model_against_the_oracle(rule, limit):
     model = mode.causal(layer, by=RULES[rule], limit=limit)
     info = packed_info((5, 4, 3), (8, 2), tokens=12)
     x = hidden_states(7, 2, 12, DIM)
-    hidden, (routing,) = eqx.filter_jit(model)(x, info)
+    hidden, (routing,) = run(model, x, info)
     slots = {1.0: 12, 0.25: 3, None: 6}[limit]
     assert routing.index.shape == (2, 1, slots)
 
@@ -271,7 +272,7 @@ def test_causal_quantile_of_experts_compares_biased_log_probabilities():
         (jnp.asarray(thresholds, jnp.float32), jnp.asarray(bias, jnp.float32)),
     )
     x = hidden_states(8, 2, 12, DIM)
-    _, (routing,) = eqx.filter_jit(mode.causal(layer))(x)
+    _, (routing,) = run(mode.causal(layer), x)
     for group in range(2):
         logits = ref.router_logits(f64(x[group]), oracle_router(layer.router))
         scores = ref.selection_scores(logits, "softmax", bias)[:, :3] - thresholds

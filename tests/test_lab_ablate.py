@@ -1,0 +1,275 @@
+"""The ablation end to end, at a size that trains in seconds: equal FLOPs, resuming, reporting."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import mode
+from mode.lab import ablate, arms, budget, store, train
+from mode.lab.__main__ import main
+from mode.lab.data import Batch, batches, read_corpus
+
+
+SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
+FLAGS = [
+    *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
+    *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),
+    *("--held-out", "4", "--budget", "0.03"),
+]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        line = f"line {number} of a text that repeats itself\n"
+        (folder / f"{number}.txt").write_text(line * 30)
+    return str(folder / "*.txt")
+
+
+def run(*words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mode.lab", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_steps_make_training_flops_equal():
+    flops = budget.training_budget(0.5, SIZE)
+    for arm in arms.ARMS:
+        per_step = budget.flops_per_step(arm, SIZE)
+        steps = budget.steps_for(arm, flops, per_step)
+        assert abs(steps * per_step - flops) <= per_step
+    dense, mod = (budget.forward_flops_per_token(arm, arms.Size()) for arm in arms.ARMS[:2])
+    assert mod < 0.7 * dense
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_budget_is_refused(value):
+    with pytest.raises(ValueError, match=r"`budget` must be a finite number above 0, got"):
+        budget.training_budget(value, SIZE)
+
+
+def test_a_budget_below_two_steps_is_refused():
+    with pytest.raises(ValueError, match=r"`budget` must pay for at least 2 steps.*0\.40 steps"):
+        budget.steps_for(arms.ARMS[0], 40.0, 100)
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match=r"`arms` must name at least one of dense.*got nonsense"):
+        arms.arms_named(["dense", "nonsense"])
+
+
+@pytest.mark.parametrize("name", ["mod-predictor", "mode-staged", "mode-integrated"])
+def test_arms_are_causal_under_their_rule(name):
+    (arm,) = arms.arms_named([name])
+    model = arm.build(SIZE, key=jax.random.key(0))
+    causal = mode.causal(model, by=arm.rule, limit=1.0)
+    mode.testing.assert_causal(causal, vocab=257, tokens=48)
+
+
+def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(texts):
+    arm = arms.arms_named(["mod"])[0]
+    documents = read_corpus(texts, length=SIZE.length).train
+    seen = []
+    trained = train.train(
+        arm,
+        SIZE,
+        train.Recipe(),
+        documents,
+        steps=12,
+        seed=0,
+        watch=lambda taken, loss: seen.append(taken),
+    )
+    router = mode.routers(trained.model)[0]
+    assert isinstance(router.select, mode.ExpertChoice)
+    assert np.all(np.asarray(router.state.updates) == 12)
+    assert np.all(np.asarray(router.state.threshold) != 0)
+    assert len(trained.losses) == 12
+    assert seen[-1] == 12
+    assert trained.losses[-1] < trained.losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(texts):
+    documents = read_corpus(texts, length=SIZE.length).train
+    with pytest.raises(FloatingPointError, match=r"loss of arm 'dense' became .* at step"):
+        train.train(
+            arms.ARMS[0],
+            SIZE,
+            train.Recipe(learning_rate=math.inf),
+            documents,
+            steps=12,
+            seed=0,
+            watch=lambda taken, loss: None,
+        )
+
+
+def test_one_program_serves_a_phase(texts):
+    arm = arms.arms_named(["mod"])[0]
+    documents = read_corpus(texts, length=SIZE.length).train
+    optimizer = train.make_optimizer(train.Recipe(), 8)
+    model = arm.build(SIZE, key=jax.random.key(0))
+    state = train.TrainState(
+        model,
+        optimizer.init(eqx.filter(model, mode.trainable(model))),
+        jax.numpy.zeros((), "int32"),
+        jax.random.key(1),
+    )
+    traces = []
+
+    def auxiliary(routings):
+        traces.append(1)
+        return jax.numpy.zeros(())
+
+    step = train.make_step(dataclasses.replace(arm, auxiliary=auxiliary), optimizer)
+    stream = batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0)
+    for _ in range(3):
+        state, _ = step(next(stream), state)
+    assert len(traces) == 1
+
+
+def test_weights_of_another_document_do_not_count(texts):
+    documents = read_corpus(texts, length=SIZE.length).train
+    batch = Batch.of(next(batches(documents, length=SIZE.length, batch=2, seed=0)))
+    model = arms.ARMS[0].build(SIZE, key=jax.random.key(0))
+    loss, _ = train.next_byte_loss(model, batch, jax.random.key(0))
+    targets = jax.numpy.where(batch.weights > 0, batch.targets, 7)
+    other = eqx.tree_at(lambda b: b.targets, batch, targets)
+    assert loss == train.next_byte_loss(model, other, jax.random.key(0))[0]
+
+
+def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(texts, tmp_path):
+    out = tmp_path / "run"
+    command = ["ablate", "--out", str(out), "--data", texts, *FLAGS]
+    command += ["--arms", "dense", "mod", "mod-random"]
+    first = run(*command)
+    record = out / "arms" / "dense.json"
+    while not record.exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    finished = {path.name for path in (out / "arms").glob("*.json")}
+    assert "mod-random.json" not in finished
+    kept = {name: (out / "arms" / name).stat().st_mtime_ns for name in finished}
+    content = record.read_bytes()
+    # What a kill in the middle of a write leaves behind.
+    (out / "arms" / ".mod-random.json.part").write_text('{"name": "mod-ra')
+
+    second = run(*command)
+    printed, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert "dense: finished before, kept." in printed
+    assert record.read_bytes() == content
+    assert kept == {name: (out / "arms" / name).stat().st_mtime_ns for name in finished}
+    results = json.loads((out / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == ["dense", "mod", "mod-random"]
+    for arm in results["arms"]:
+        assert math.isfinite(arm["bits_causal"])
+        assert len(arm["losses"]) == arm["steps"]
+    _check_report(out, results)
+    _check_saved_model(out, results)
+
+
+def _check_report(out, results):
+    text = (out / "report.md").read_text()
+    for arm in results["arms"]:
+        assert f"| {arm['name']} |" in text
+        assert f"{arm['bits_causal']:.3f}" in text
+    for said in ("One seed", "Toy scale", "looks at the future", "mode-lab ablate", "- jax "):
+        assert said in text
+    for name in ("curves.png", "routing.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    spent = [arm["steps"] * arm["step_flops"] for arm in results["arms"]]
+    dearest = max(arm["step_flops"] for arm in results["arms"])
+    assert max(spent) - min(spent) <= dearest
+
+
+def _check_saved_model(out, results):
+    """The saved parameters give the loss that was reported."""
+    arm = arms.arms_named(["mod"])[0]
+    model = store.load_model(out, "mod", arm.build(SIZE, key=jax.random.key(5)))
+    updates = np.asarray(mode.routers(model)[0].state.updates)
+    assert np.all(updates == results["arms"][1]["steps"])
+    (sample,) = [store.load_sample(out, "mod")]
+    assert sample["top_k"].shape == sample["causal"].shape == (1, len(sample["tokens"]))
+
+
+def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
+    texts, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    command = ["ablate", "--out", str(out), "--data", texts, "--arms", "dense", *FLAGS]
+    assert main(command) == 0
+    (out / "report.md").unlink()
+    before = (out / "results.json").read_text()
+    assert main(["report", "--out", str(out)]) == 0
+    assert (out / "results.json").read_text() == before
+    assert shlex_flag(out, "--size.dim 8")
+    capsys.readouterr()
+
+    assert main([*command, "--seed", "7"]) == 2
+    message = capsys.readouterr().err
+    assert "seed: 0 there, 7 asked for" in message
+    assert "size.dim" not in message
+    assert main(["report", "--out", str(tmp_path / "nowhere")]) == 2
+    assert "`out` must be the folder of a run" in capsys.readouterr().err
+    assert main([*command[:4], str(tmp_path / "no*file"), "--out", str(tmp_path / "new")]) == 2
+    assert "`data` must match at least one file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def shlex_flag(out, flag):
+    return flag in (out / "report.md").read_text()
+
+
+def test_a_changed_corpus_is_another_configuration(tmp_path):
+    settings = {"seed": 0, "corpus": "a", "size": {"dim": 8}}
+    store.claim(tmp_path / "run", settings)
+    store.claim(tmp_path / "run", settings)
+    with pytest.raises(ValueError, match="corpus: a there, b asked for"):
+        store.claim(tmp_path / "run", {**settings, "corpus": "b"})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder"):
+        store.claim(tmp_path / "file", settings)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "record.json"
+    store.write_json(path, {"old": 1})
+
+    def broken(beside):
+        beside.write_text('{"new":')
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.write_atomically(path, broken)
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == sorted([".record.json.part", "record.json"])
+
+
+def test_no_finished_arm_is_no_report(tmp_path):
+    store.claim(tmp_path, ablate.Ablation().settings())
+    with pytest.raises(ValueError, match="at least one finished arm"):
+        ablate.report(tmp_path, Console(file=io.StringIO()))
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("mode.lab.__main__.find_spec", lambda name: None)
+    assert main([]) == 2
+    assert 'pip install "mode-jax[lab]"' in capsys.readouterr().err
