@@ -59,6 +59,7 @@ from ._select import (
     Selection as Selection,
     Strided as Strided,
     TokenChoice as TokenChoice,
+    first_come as first_come,
 )
 from ._state import (
     for_each_router as for_each_router,

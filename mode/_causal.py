@@ -32,7 +32,8 @@ def causal(model: PyTree, *, by: AbstractRule | None = None, limit: Share | None
         quantile of any other.
     - `limit`: slots as a share of the tokens; `1.0` takes every token that asks, and `None` is each
         router's own capacity: the form in which the *training* forward runs under the threshold
-        at the cost it had under top-k.
+        at the cost it had under top-k. Call it inside the loss for that: an optimizer's state has
+        the structure of the model it was made for, selectors included.
 
     >>> import jax, mode
     >>> model = mode.mod_decoder(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
