@@ -1,5 +1,6 @@
 """What an implementation of Mixture-of-Depths must get right: one test per invariant, 1 to 22."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 

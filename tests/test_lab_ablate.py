@@ -1,5 +1,6 @@
 """The ablation end to end, at a size that trains in seconds: equal FLOPs, resuming, reporting."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -17,9 +18,9 @@ import pytest
 from rich.console import Console
 
 import mode
-from mode.lab import ablate, arms, budget, store, train
+from mode.lab import ablate, arms, budget, evaluate, store, train
 from mode.lab.__main__ import main
-from mode.lab.data import Batch, batches, read_corpus
+from mode.lab.data import Batch, batches, held_out_batches, read_corpus
 
 
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
@@ -40,13 +41,20 @@ def texts(tmp_path):
     return str(folder / "*.txt")
 
 
-def run(*words):
-    return subprocess.Popen(
+@contextlib.contextmanager
+def running(*words):
+    """The command in a process of its own, which does not outlive the test."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "mode.lab", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_steps_make_training_flops_equal():
@@ -75,9 +83,8 @@ def test_an_unknown_arm_is_refused():
         arms.arms_named(["dense", "nonsense"])
 
 
-@pytest.mark.parametrize("name", ["mod-predictor", "mode-staged", "mode-integrated"])
-def test_arms_are_causal_under_their_rule(name):
-    (arm,) = arms.arms_named([name])
+def test_the_arm_of_most_routers_is_causal_under_its_rule():
+    (arm,) = arms.arms_named(["mode-staged"])
     model = arm.build(SIZE, key=jax.random.key(0))
     causal = mode.causal(model, by=arm.rule, limit=1.0)
     mode.testing.assert_causal(causal, vocab=257, tokens=48)
@@ -156,34 +163,30 @@ def test_weights_of_another_document_do_not_count(texts):
 def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(texts, tmp_path):
     out = tmp_path / "run"
     command = ["ablate", "--out", str(out), "--data", texts, *FLAGS]
-    command += ["--arms", "dense", "mod", "mod-random"]
-    first = run(*command)
+    command += ["--arms", "dense", "mod"]
     record = out / "arms" / "dense.json"
-    while not record.exists():
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    finished = {path.name for path in (out / "arms").glob("*.json")}
-    assert "mod-random.json" not in finished
-    kept = {name: (out / "arms" / name).stat().st_mtime_ns for name in finished}
-    content = record.read_bytes()
+    with running(*command) as first:
+        while not record.exists():
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert not (out / "arms" / "mod.json").exists(), "killed too late to show anything"
+    kept = record.stat().st_mtime_ns, record.read_bytes()
     # What a kill in the middle of a write leaves behind.
-    (out / "arms" / ".mod-random.json.part").write_text('{"name": "mod-ra')
+    (out / "arms" / ".mod.json.part").write_text('{"name": "mo')
 
-    second = run(*command)
-    printed, errors = second.communicate(timeout=120)
+    with running(*command) as second:
+        printed, errors = second.communicate(timeout=240)
     assert second.returncode == 0, errors
     assert "dense: finished before, kept." in printed
-    assert record.read_bytes() == content
-    assert kept == {name: (out / "arms" / name).stat().st_mtime_ns for name in finished}
+    assert kept == (record.stat().st_mtime_ns, record.read_bytes())
     results = json.loads((out / "results.json").read_text())
-    assert [arm["name"] for arm in results["arms"]] == ["dense", "mod", "mod-random"]
+    assert [arm["name"] for arm in results["arms"]] == ["dense", "mod"]
     for arm in results["arms"]:
-        assert math.isfinite(arm["bits_causal"])
         assert len(arm["losses"]) == arm["steps"]
     _check_report(out, results)
-    _check_saved_model(out, results)
+    _check_saved_models(out, results, texts)
 
 
 def _check_report(out, results):
@@ -200,13 +203,23 @@ def _check_report(out, results):
     assert max(spent) - min(spent) <= dearest
 
 
-def _check_saved_model(out, results):
-    """The saved parameters give the loss that was reported."""
-    arm = arms.arms_named(["mod"])[0]
-    model = store.load_model(out, "mod", arm.build(SIZE, key=jax.random.key(5)))
-    updates = np.asarray(mode.routers(model)[0].state.updates)
-    assert np.all(updates == results["arms"][1]["steps"])
-    (sample,) = [store.load_sample(out, "mod")]
+def _check_saved_models(out, results, texts):
+    dense, mod = results["arms"]
+    arm = arms.ARMS[0]
+    model = store.load_model(out, "dense", arm.build(SIZE, key=jax.random.key(5)))
+    held_out = held_out_batches(
+        read_corpus(texts, length=SIZE.length).held_out,
+        length=SIZE.length,
+        batch=SIZE.batch,
+        sequences=4,
+    )
+    found = evaluate.evaluate(arm, model, held_out, key=jax.random.key(0))
+    assert found.bits_causal == pytest.approx(dense["bits_causal"], rel=1e-5)
+
+    like = arms.arms_named(["mod"])[0].build(SIZE, key=jax.random.key(5))
+    updates = mode.routers(store.load_model(out, "mod", like))[0].state.updates
+    assert np.all(np.asarray(updates) == mod["steps"])
+    sample = store.load_sample(out, "mod")
     assert sample["top_k"].shape == sample["causal"].shape == (1, len(sample["tokens"]))
 
 
@@ -220,7 +233,7 @@ def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
     before = (out / "results.json").read_text()
     assert main(["report", "--out", str(out)]) == 0
     assert (out / "results.json").read_text() == before
-    assert shlex_flag(out, "--size.dim 8")
+    assert "--size.dim 8" in (out / "report.md").read_text()
     capsys.readouterr()
 
     assert main([*command, "--seed", "7"]) == 2
@@ -232,10 +245,6 @@ def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
     assert main([*command[:4], str(tmp_path / "no*file"), "--out", str(tmp_path / "new")]) == 2
     assert "`data` must match at least one file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def shlex_flag(out, flag):
-    return flag in (out / "report.md").read_text()
 
 
 def test_a_changed_corpus_is_another_configuration(tmp_path):

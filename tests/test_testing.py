@@ -1,5 +1,6 @@
 """Each assertion of `mode.testing` passes on what is right and fails on what is broken."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -93,9 +94,13 @@ def narrow(x: Array, out: Array, routings: Any) -> Any:
     return out, (half,)
 
 
-def bad_slope(x: Array, info: mode.TokenInfo, *, key: Array | None = None) -> Any:
-    """Finite, and its gradient is not: the slope of a root at 0."""
-    return jnp.sqrt(jnp.abs(x - x)), ()
+class Rooted(eqx.Module):
+    """Finite, but its gradient is not: the slope of a root at 0."""
+
+    scale: Array
+
+    def __call__(self, x: Array, info: mode.TokenInfo, *, key: Array | None = None) -> Any:
+        return x + jnp.sqrt(jnp.abs(self.scale * (x - x))), ()
 
 
 def by_value(x: Array) -> Array:
@@ -103,13 +108,9 @@ def by_value(x: Array) -> Array:
 
 
 def by_calls() -> Any:
-    """A capacity that depends on how often the layer was called."""
-    calls = iter(range(1, 1000))
-
-    def call(x: Array, info: mode.TokenInfo | None = None, *, key: Array | None = None) -> Any:
-        return depth(KEY, capacity=1 / (1 + next(calls)))(x, info, key=key)
-
-    return call
+    """What it returns depends on how often it was called, as does a capacity that warms up."""
+    calls = itertools.count(1)
+    return Around(depth(KEY), after=lambda x, out, routings: (out[..., next(calls) :, :], routings))
 
 
 def per_group(x: Array, out: Array, routings: Any) -> Any:
@@ -230,7 +231,7 @@ BROKEN: dict[str, tuple[str, Callable[[], Any], str]] = {
     "a gate that is constant": ("router_gradients", lambda: depth(KEY, gate=One()), "no gradient"),
     "a gradient that is not finite": (
         "router_gradients",
-        lambda: depth(KEY, lambda _: bad_slope),
+        lambda: depth(KEY, lambda _: Rooted(jnp.ones(()))),
         "not finite",
     ),
     "the batch is normalised": (

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,7 +20,7 @@ from .data import Corpus, Sample, held_out_batches, read_corpus
 from .evaluate import evaluate, routing_sample
 from .report import write_report
 from .store import ArmResult, claim, load_result, read_settings, save_arm
-from .train import Recipe, train
+from .train import Recipe, Watch, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,6 @@ class Rereport:
 
     out: Path = Path("runs/ablation")
     """The folder of the run."""
-
-
-class Watch(Protocol):
-    """Told the steps taken and the latest loss, in bits per byte."""
-
-    def __call__(self, taken: int, loss: float) -> None: ...
 
 
 def run_ablation(ablation: Ablation, console: Console) -> None:

@@ -239,7 +239,7 @@ class Batch(eqx.Module):
 
     @staticmethod
     def of(
-        sample: dict[str, Int[Array, "batch sample"] | Int[np.ndarray, "batch sample"]],
+        sample: Mapping[str, Int[Array, "batch sample"] | Int[np.ndarray, "batch sample"]],
     ) -> "Batch":
         """From `length + 1` tokens and their segment ids."""
         tokens, segment_ids = jnp.asarray(sample["tokens"]), jnp.asarray(sample["segment_ids"])

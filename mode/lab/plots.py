@@ -55,8 +55,15 @@ def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None
         highs.append(float(smooth[len(smooth) // 12]))
     if change < 1:
         axes.axvline(change, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.text(change - 0.006, 0.985, "causal rule takes over", transform=_mixed(axes),
-                  ha="right", va="top", fontsize=8, color=_INK)  # fmt: skip
+        axes.annotate(
+            "causal rule takes over ",
+            (change, 0.985),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=_INK,
+        )
     span = max(highs) - min(lows)
     axes.set_ylim(min(lows) - 0.05 * span, max(highs) + 0.05 * span)
     axes.set_xlim(0, 1.02)
@@ -73,10 +80,6 @@ def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None
         bbox_to_anchor=(1.03, 1.0),
     )
     figure.savefig(path, format="png")
-
-
-def _mixed(axes: Axes):
-    return axes.get_xaxis_transform()
 
 
 def _smoothed(losses: Float[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,16 +19,16 @@ from .store import ArmResult, load_sample, write_atomically, write_json, write_t
 
 _COLUMNS = (
     "arm",
-    "parameters",
-    "forward FLOPs per token",
+    "para- meters",
+    "forward FLOPs / token",
     "steps",
-    "ms per step",
-    "bits per byte, top-k",
-    "bits per byte, CAUSAL",
-    "precision",
+    "ms / step",
+    "bits / byte, top-k",
+    "bits / byte, CAUSAL",
+    "preci- sion",
     "recall",
-    "slots per token, top-k",
-    "slots per token, causal",
+    "slots / token, top-k",
+    "slots / token, causal",
 )
 
 _READING = """\
@@ -119,13 +120,23 @@ def _rows(results: Sequence[ArmResult]) -> list[list[str]]:
 
 def _each(values: Sequence[float | None], digits: int = 2) -> str:
     shown = [f"{value:.{digits}f}" for value in values if value is not None]
-    return " / ".join(shown) or "-"
+    return "/ ".join(shown) or "-"
 
 
 def _table(results: Sequence[ArmResult]) -> Table:
-    table = Table(title="Held-out results at equal training FLOPs", title_justify="left")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "arm" else "right", vertical="bottom")
+    table = Table(
+        title="Held-out results at equal training FLOPs", title_justify="left", box=rich.box.SIMPLE
+    )
+    for place, name in enumerate(_COLUMNS):
+        # Headings break between words, names not at all: a narrow terminal cuts nothing off.
+        table.add_column(
+            name,
+            justify="right" if place else "left",
+            vertical="bottom",
+            no_wrap=not place,
+            overflow="fold",
+            min_width=max(map(len, name.split())),
+        )
     best = min(result.bits_causal for result in results)
     for result, row in zip(results, _rows(results), strict=True):
         table.add_row(*row, style="bold" if result.bits_causal == best else None)
@@ -140,7 +151,7 @@ def _markdown(
     mapped: bool,
 ) -> str:
     lines = ["# Routing ablation at equal training FLOPs", "", f"    {command}", ""]
-    lines += ["| " + " | ".join(_COLUMNS) + " |"]
+    lines += ["| " + " | ".join(name.replace("- ", "") for name in _COLUMNS) + " |"]
     lines += ["|---" + "|---:" * (len(_COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
     lines += ["", *(f"- **{r.name}**: {r.description}." for r in results), ""]

@@ -54,7 +54,7 @@ class ArmResult:
     change: int
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` to a file beside `path`, then move it there. A partial file never has the name."""
     beside = path.with_name(f".{path.name}.part")
     write(beside)
@@ -65,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,7 +139,7 @@ def save_arm(
     packed = io.BytesIO()
     np.savez_compressed(packed, allow_pickle=False, **sample)
     write_atomically(
-        arms / f"{result.name}.npz", lambda beside: beside.write_bytes(packed.getvalue()) and None
+        arms / f"{result.name}.npz", lambda beside: beside.write_bytes(packed.getvalue())
     )
     write_json(arms / f"{result.name}.json", dataclasses.asdict(result))
 

@@ -18,6 +18,8 @@ from .arms import Arm, Size
 from .data import Batch, Documents, batches
 
 
+# Told the steps taken and the latest loss, in bits per byte.
+Watch = Callable[[int, float], None]
 # Steps between two looks at the loss. Each look waits for the device.
 _LOOK = 10
 
@@ -124,7 +126,9 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
         parameters = eqx.filter(state.model, mode.trainable(state.model))
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, parameters)
+        # Inside optax integers meet floats: its business, where strict promotion is switched on.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, parameters)
         model = eqx.apply_updates(state.model, updates)
         model = mode.update_state(model, routings)
         return TrainState(model, optimizer_state, state.step + 1, state.key), loss
@@ -140,7 +144,7 @@ def train(
     *,
     steps: int,
     seed: int,
-    watch: Callable[[int, float], None],
+    watch: Watch,
 ) -> Trained:
     """Train `arm` for exactly `steps` steps.
 
@@ -149,17 +153,17 @@ def train(
     - `documents`: what to train on.
     - `steps`: at least 2.
     - `seed`: of parameters, data order and random routing; arms with one seed see one data order.
-    - `watch`: told the steps taken and the latest loss, in bits per byte, now and then.
+    - `watch`: called every few steps.
 
     **Raises:** `FloatingPointError` where the loss is not finite.
     """
     began = time.perf_counter()
     model_key, run_key = jax.random.split(jax.random.key(seed))
-    # Kept: the model is trained under other selectors at the end, and returned under its own.
     built = arm.build(size, key=model_key)
     optimizer = make_optimizer(recipe, steps)
     parameters = eqx.filter(built, mode.trainable(built))
     state = TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+    # The last part may be trained under other selectors; the model is returned under its own.
     structure = jax.tree.structure(built)
     stream = batches(documents, length=size.length, batch=size.batch, seed=seed)
     step = make_step(arm, optimizer)
@@ -187,8 +191,10 @@ def train(
             _check_finite(arm, losses, taken)
             watch(taken, losses[-1])
     model = jax.tree.unflatten(structure, jax.tree.leaves(state.model))
-    median = sorted(times)[len(times) // 2] if times else math.nan
-    return Trained(model, losses, median, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    # Of a run so short that every step compiled, the mean of those.
+    step_seconds = sorted(times)[len(times) // 2] if times else seconds / steps
+    return Trained(model, losses, step_seconds, seconds)
 
 
 def _check_finite(arm: Arm, losses: list[float], taken: int) -> None:
