@@ -11,7 +11,7 @@ from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch, dispatch_info
 from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
-from ._router import Predictor, Router
+from ._router import ROUTER_STD, Predictor, Router
 from ._select import AbstractSelector, ExpertChoice
 
 
@@ -41,8 +41,7 @@ class MixtureOfDepths(eqx.Module):
         the model that may be sampled from.
     - `gate`: from the router's logit to the weight $r$. The default is the logit itself.
     - `predictor`: guesses membership for causal inference; `Predictor(dim, key=key)` or `None`.
-    - `router_std`: standard deviation of the router's initial weights, by default
-        `dim ** -0.5`.
+    - `router_std`: standard deviation of the router's initial weights.
 
     **Raises:** `ValueError` for a capacity outside (0, 1], or a softmax gate: over one choice it
     is 1 and the router gets no gradient.
@@ -74,7 +73,7 @@ class MixtureOfDepths(eqx.Module):
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = Raw(),
         predictor: Predictor | None = None,
-        router_std: float | None = None,
+        router_std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
         check_capacity(capacity)

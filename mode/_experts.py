@@ -14,7 +14,7 @@ from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._precision import cast_parameters
-from ._router import Predictor, Router
+from ._router import ROUTER_STD, Predictor, Router
 from ._select import AbstractSelector, ExpertChoice
 
 
@@ -43,6 +43,7 @@ class MixtureOfExperts(eqx.Module):
         `TokenChoice(k)`, which does not.
     - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
     - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
+    - `router_std`: standard deviation of the router's initial weights.
 
     `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
     who is chosen, never the weights, and only `update_state` moves it.
@@ -81,7 +82,7 @@ class MixtureOfExperts(eqx.Module):
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = Softmax(),
         predictor: Predictor | None = None,
-        router_std: float | None = None,
+        router_std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
         for name, value, least in (

@@ -17,6 +17,11 @@ from ._routing import RouterState, Routing, selected_mask
 from ._select import AbstractSelector, Request, TokenChoice
 
 
+# A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of 2
+# and more before anything is learned.
+ROUTER_STD = 0.02
+
+
 class Predictor(eqx.Module):
     """Guesses from a token alone whether top-k will take it: one logit per expert.
 
@@ -88,7 +93,7 @@ class Router(eqx.Module):
         select: AbstractSelector,
         gate: AbstractGate,
         predictor: Callable[..., Float[Array, "*groups tokens experts"]] | None = None,
-        std: float | None = None,
+        std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
         self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)

@@ -82,11 +82,6 @@ class Arm:
         return steps - round(self.under_rule * steps)
 
 
-# A router that starts nearly undecided: with the raw gate a wider start, the layer's default, gives
-# some tokens weights of 2 and more before anything is learned, and ended worse on the default data.
-_ROUTER_STD = 0.02
-
-
 def _block(size: Size, key: PRNGKeyArray) -> mode.TransformerBlock:
     return mode.TransformerBlock(size.dim, size.heads, key=key)
 
@@ -105,7 +100,6 @@ def _depths(
         size.capacity,
         select=select,
         predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
-        router_std=_ROUTER_STD,
         key=router_key,
     )
 
@@ -140,14 +134,13 @@ def _reduced(size: Size, key: PRNGKeyArray) -> mode.Residual:
 
 
 def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    # `mode.staged_mode`, spelled out to start its depth router as those of the other arms.
-    expert_key, block_key, router_key = jax.random.split(key, 3)
-    experts = mode.MixtureOfExperts(
-        _expert(size), size.dim, size.experts + size.noop, key=expert_key
-    )
-    block = mode.TransformerBlock(size.dim, size.heads, feedforward=experts, key=block_key)
-    return mode.MixtureOfDepths(
-        block, size.dim, size.capacity, router_std=_ROUTER_STD, key=router_key
+    return mode.staged_mode(
+        _expert(size),
+        size.dim,
+        size.heads,
+        size.experts + size.noop,
+        capacity=size.capacity,
+        key=key,
     )
 
 
