@@ -135,7 +135,9 @@ def routed(shape: tuple[int, int, int]) -> bool:
     key = jax.random.key(2)
     layer = mode.MixtureOfDepths(jax_block(shape[-1]), shape[-1], CAPACITY, key=key)
     published = published_routing()(CAPACITY, TorchBlock(shape[-1], shape[1]))
-    published.router.eval()  # in training it recomputes its capacity from a counter of calls
+    published.get_submodule(
+        "router"
+    ).eval()  # in training it recomputes its capacity from a counter of calls
     variants = {
         "mode Mixture-of-Depths block": timing.compiled(timing.with_gradient(apply), layer, x),
         "mixture-of-depth 1.2.0, PyTorch block": torch_call(published, shape, backward=True),
@@ -167,7 +169,9 @@ def memory() -> bool:
     for tokens in (1024, 2048, 4096):
         x = jax.ShapeDtypeStruct((2, tokens, 256), "float32")
         program = jax.jit(step).lower(arrays, x).compile()
-        sizes.append(program.memory_analysis().temp_size_in_bytes)
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        sizes.append(analysis.temp_size_in_bytes)
         print(f"  {tokens:5d} tokens {sizes[-1] / 2**20:8.1f} MiB")
     return sizes[2] / sizes[0] < 4.4
 

@@ -14,24 +14,30 @@ import equinox as eqx
 import jax
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """`function(*args)` as a call without arguments that is compiled and waits for its result.
+class Program:
+    """A compiled program and its arguments: a call that waits for its result."""
 
-    The call has an attribute `flops`, XLA's own count of the compiled program.
-    """
+    def __init__(self, program: Any, arrays: Any):
+        self.program = program
+        self.arrays = arrays
+
+    @property
+    def flops(self) -> float:
+        """XLA's own count."""
+        return self.program.cost_analysis()["flops"]
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self.program(self.arrays))
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Program:
+    """`function(*args)`, compiled; only the arrays among `args` are arguments of the program."""
     arrays, static = eqx.partition(args, eqx.is_array)
 
     def run(arrays: Any) -> Any:
         return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
 
-    program = jax.jit(run).lower(arrays).compile()
-    cost = program.cost_analysis()
-
-    def call() -> Any:
-        return jax.block_until_ready(program(arrays))
-
-    call.flops = (cost or {}).get("flops", float("nan"))
-    return call
+    return Program(jax.jit(run).lower(arrays).compile(), arrays)
 
 
 def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:

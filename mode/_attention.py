@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._blockwise import blockwise_attention
+from ._blockwise import BLOCK, blockwise_attention
 from ._precision import float32_or_wider
 
 
 Attend = Callable[..., Float[Array, "batch tokens heads head_dim"]]
 
-# Up to here all scores of a head fit a processor's cache, and storing them for the backward pass
-# is cheaper than computing them again.
-_SHORT = 256
+# Up to one block there is nothing to split, and storing the scores for the backward pass is cheaper
+# than computing them again.
+_SHORT = BLOCK
 
 
 def rope(

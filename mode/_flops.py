@@ -13,7 +13,7 @@ Recomputation counts: it is work.
 Because the *program* is counted, a user's own block is counted like ours, and a training step is
 counted by tracing its gradient. XLA's own `cost_analysis` of the compiled program is within 3 %; it
 counts comparisons and integers as well, twice what it computes twice inside fusions, and the body
-of any loop once: of scanned layers, and of the blocks of attention from 257 tokens on.
+of any loop once: of scanned layers, and of the blocks of attention from 513 tokens on.
 """
 
 import dataclasses

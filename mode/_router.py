@@ -17,8 +17,8 @@ from ._routing import RouterState, Routing, selected_mask
 from ._select import AbstractSelector, Request, TokenChoice
 
 
-# A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of 2
-# and more before anything is learned.
+# A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of
+# 2 and more before anything is learned.
 ROUTER_STD = 0.02
 
 

@@ -198,7 +198,7 @@ def assert_no_retrace(
 
     traces = 0
     run = jax.jit(call)
-    moved = arrays
+    moved, results = arrays, []
     try:
         for draw in jax.random.split(_key(key), 3):
             *results, moved = run(moved, _inputs(like, vocab, draw), draw)

@@ -6,11 +6,26 @@ import numpy as np
 import pytest
 
 import mode
+from mode import _attention, _blockwise
 from tests import reference as ref
 from tests.helpers import assert_close, f64, packed_info, rng
 
 
 attention = jax.jit(mode.causal_attention)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["as it is", "in small blocks"])
+def _form(request):
+    """Every test runs on the form its length gets, and on the blockwise one with several blocks."""
+    if request.param == "in small blocks":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_blockwise, "BLOCK", 64)
+            patch.setattr(_attention, "_SHORT", 0)
+            jax.clear_caches()
+            yield
+    else:
+        yield
+    jax.clear_caches()
 
 
 def draw(seed, batch, tokens, heads=2, kv_heads=1, dim=4, dtype=jnp.float32):

@@ -153,12 +153,14 @@ def test_a_pytree_like_any_other(case: Case) -> None:
 @every
 def test_a_routing_is_data(case: Case) -> None:
     """Saved and loaded like a model."""
-    _, routings = expected(case)
+    _, routings = jax.tree.map(np.asarray, expected(case))
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, routings)
     file.seek(0)
-    loaded = eqx.tree_deserialise_leaves(file, jax.tree.map(jnp.zeros_like, routings))
-    assert eqx.tree_equal(loaded, routings)
+    loaded = eqx.tree_deserialise_leaves(file, jax.tree.map(np.zeros_like, routings))
+    assert jax.tree.structure(loaded) == jax.tree.structure(routings)
+    for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(routings), strict=True):
+        assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes())
     assert len(routings) == len(mode.routers(build(case)))
 
 

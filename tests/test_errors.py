@@ -18,7 +18,6 @@ from .layers import (
     DIM,
     TOKENS,
     VOCAB,
-    Skipping,
     depth,
     expert,
     experts,
@@ -365,21 +364,18 @@ def test_info_of_other_tokens(name: str, shape: tuple[int, ...]) -> None:
         eqx.filter_eval_shape(layers()[name], tokens, info(*shape))
 
 
-def test_a_module_that_takes_no_key_gets_none() -> None:
-    """And one that does gets one per group; not an error, but the same line of code."""
-    layer = mode.Residual(mode.Delta(Skipping(KEY)))
-    layer(x(), key=KEY)
+def test_a_module_that_draws_needs_a_key() -> None:
+    """Dropout says so itself; with a key, each group draws for itself."""
     dropout = mode.Residual(mode.Delta(eqx.nn.Dropout(0.5), takes_key=True))
-    out, _ = layer(x()), dropout(x(), key=KEY)
-    kept = dropout(x(), key=KEY)[0] != 0
+    kept = jax.jit(lambda x: dropout(x, key=KEY)[0] != 0)(x())
     assert (kept[0] != kept[1]).any()
     with pytest.raises(RuntimeError, match="key"):
         dropout(x())
-    assert out[0].shape == x().shape
 
 
 def test_predicted_layers_are_accepted() -> None:
     """The other side of two refusals above."""
     layer = predicted(KEY)
-    assert mode.predictor_bce(routings(layer)[0]).shape == ()
-    assert by_predictor(layer)[0].shape == x().shape
+    (routing,) = eqx.filter_eval_shape(layer, x())[1]
+    assert eqx.filter_eval_shape(mode.predictor_bce, routing).shape == ()
+    traced(lambda: by_predictor(layer))
