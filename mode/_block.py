@@ -25,6 +25,15 @@ Block = Callable[..., tuple[Float[Array, "*groups tokens dim"], Routings]]
 Layer = Callable[..., tuple[Float[Array, "*groups tokens dim"], Routings]]
 
 
+def check_kept_shape(name: str, result: Float[Array, "..."], x: Float[Array, "..."]) -> None:
+    """Refuse a module that does not map a vector or a sequence to one of the same shape."""
+    if result.shape != x.shape:
+        raise ValueError(
+            f"`{name}` must keep the shape of what it is given, {x.shape[1:]}, got "
+            f"{result.shape[1:]}: its result is added to the residual stream."
+        )
+
+
 class Residual(eqx.Module):
     """A block applied to every token: $x + f(x)$. The dense layer.
 
@@ -59,7 +68,7 @@ class Residual(eqx.Module):
         info = resolve_info(x, info)
         real = info.valid[..., None]
         update, routings = self.block(jnp.where(real, x, 0), info, key=key)
-        return x + jnp.where(real, update, 0), routings
+        return jnp.where(real, x + update, x), routings
 
 
 class Delta(eqx.Module):
@@ -96,11 +105,7 @@ class Delta(eqx.Module):
             hidden = jax.vmap(lambda group, k: module(group, key=k))(groups, keys)
         else:
             hidden = jax.vmap(module)(groups)
-        if hidden.shape != groups.shape:
-            raise ValueError(
-                f"`module` of `Delta` must keep the shape [tokens, dim] = {groups.shape[1:]}, got "
-                f"{hidden.shape[1:]}."
-            )
+        check_kept_shape("module", hidden, groups)
         return hidden.reshape(x.shape) - x, ()
 
 
@@ -126,4 +131,6 @@ class PositionWise(eqx.Module):
         del info, key
         function = cast_parameters(self.function, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        return jax.vmap(function)(rows).reshape(x.shape), ()
+        update = jax.vmap(function)(rows)
+        check_kept_shape("function", update, rows)
+        return update.reshape(x.shape), ()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._block import Routings
+from ._block import Routings, check_kept_shape
 from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
@@ -123,7 +123,9 @@ class MixtureOfExperts(eqx.Module):
             routing = self.router(x, info, key=key)
             slots = dispatch(x, routing)
             rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
-            updates = _apply(self.experts, rows, 0).reshape(slots.shape)
+            updates = _apply(self.experts, rows, 0)
+            check_kept_shape("make_expert", updates, rows)
+            updates = updates.reshape(slots.shape)
             update = combine(updates, routing, onto=jnp.zeros_like(x))
             if self.shared is not None:
                 # As in the router: a NaN in the padding would reach the gradients of parameters.

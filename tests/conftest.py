@@ -1,8 +1,20 @@
 """The strict regime: no silent promotion of dtypes or ranks, several devices, checked types."""
 
+from collections.abc import Iterator
+
 import jax
+import pytest
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile quickly, but for files that say `OPTIMISED = True`: what they test depends on it."""
+    quick = not getattr(request.module, "OPTIMISED", False)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,10 +1,9 @@
 """The table of layers: generic tests run over all of them, and a new one joins by one line."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -143,14 +142,6 @@ CASES = [
     Case("stack", lambda key: stack(key)),
     Case("stack_remat", lambda key: stack(key, remat=True)),
 ]
-
-
-@contextlib.contextmanager
-def quick_compiler() -> Iterator[None]:
-    """For laws of the program, which do not depend on how well the compiler optimises it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -11,6 +11,9 @@ from tests import reference as ref
 from tests.helpers import assert_close, f64, packed_info, rng
 
 
+OPTIMISED = True
+
+
 attention = jax.jit(mode.causal_attention)
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import io
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -25,16 +24,9 @@ from .layers import (
     expected,
     hidden,
     loss,
-    quick_compiler,
     run,
     split,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 every = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,5 @@
 """The reference decoder: any pattern of layers, one scan, the same numbers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +19,6 @@ from .layers import (
     Blend,
     depth,
     expert,
-    quick_compiler,
     run,
     transformer_block,
     with_selector,
@@ -29,12 +27,6 @@ from .layers import (
 
 KEY = jax.random.key(8)
 IDS = jax.random.randint(KEY, (2, TOKENS), 0, VOCAB)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 def dense(key: Array) -> mode.Residual:

@@ -1,7 +1,6 @@
 """Every dtype through every kind of layer: activations keep theirs, routers compute in float32."""
 
 import functools
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -13,13 +12,7 @@ from jaxtyping import Array
 import mode
 
 from .helpers import assert_close
-from .layers import CASES, DIM, TOKENS, VOCAB, Case, build, quick_compiler, run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
+from .layers import CASES, DIM, TOKENS, VOCAB, Case, build, run
 
 
 KINDS = ("dense", "mod", "mod_delta", "mod_predictor", "moe_noop_top_1", "moe_shared_sigmoid")

@@ -309,7 +309,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a module that changes the shape": (
         lambda: mode.Residual(mode.Delta(lambda rows: rows[:-1]))(x()),
-        r"`module` of `Delta` must keep the shape \[tokens, dim\] = \(32, 16\), got \(31, 16\)",
+        r"`module` must keep the shape of what it is given, \(32, 16\), got \(31, 16\)",
+    ),
+    "a function that changes the size": (
+        lambda: mode.Residual(mode.PositionWise(lambda row: row[:-1]))(x()),
+        r"`function` must keep the shape .*\(16,\), got \(15,\)",
+    ),
+    "experts that change the size": (
+        lambda: mode.Residual(
+            mode.MixtureOfExperts(lambda key: eqx.nn.Linear(DIM, DIM + 1, key=key), DIM, 2, key=KEY)
+        )(x()),
+        r"`make_expert` must keep the shape .*16\), got .*17\)",
     ),
     "an opinion on other tokens": (
         lambda: mode.agreement(routings(layers()["mod"])[0], jnp.zeros((2, 8, 1), bool)),

@@ -7,6 +7,9 @@ import jax
 import pytest
 
 
+OPTIMISED = True
+
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 

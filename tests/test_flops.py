@@ -1,6 +1,6 @@
 """The count of floating-point operations against the compiler's own, forward and training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,16 +11,8 @@ from jaxtyping import Array, PyTree
 
 import mode
 
-from .layers import quick_compiler
-
 
 KEY = jax.random.key(9)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 def block(dim: int, **options: Any) -> mode.TransformerBlock:
@@ -40,31 +32,34 @@ def experts(dim: int, **options: Any) -> mode.Residual:
 
 
 # Sizes: groups, tokens, dim.
-LAYERS: dict[str, tuple[Any, tuple[int, int, int]]] = {
-    "dense": (mode.Residual(block(128)), (2, 128, 128)),
-    "dense, narrow": (mode.Residual(block(64)), (1, 256, 64)),
-    "feed-forward": (mode.Residual(mode.PositionWise(mode.GELU(256, key=KEY))), (1, 512, 256)),
-    "dense, grouped queries": (mode.Residual(block(128, num_kv_heads=1)), (2, 64, 128)),
-    "depth": (mode.MixtureOfDepths(block(128), 128, 0.25, key=KEY), (2, 256, 128)),
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {
+    "dense": (lambda: mode.Residual(block(128)), (2, 128, 128)),
+    "dense, narrow": (lambda: mode.Residual(block(64)), (1, 256, 64)),
+    "feed-forward": (
+        lambda: mode.Residual(mode.PositionWise(mode.GELU(256, key=KEY))),
+        (1, 512, 256),
+    ),
+    "dense, grouped queries": (lambda: mode.Residual(block(128, num_kv_heads=1)), (2, 64, 128)),
+    "depth": (lambda: mode.MixtureOfDepths(block(128), 128, 0.25, key=KEY), (2, 256, 128)),
     "depth, predictor": (
-        mode.MixtureOfDepths(
+        lambda: mode.MixtureOfDepths(
             block(64), 64, 0.5, predictor=mode.Predictor(64, key=KEY), gate=mode.Sigmoid(), key=KEY
         ),
         (4, 128, 64),
     ),
     "depth, causal": (
-        mode.causal(mode.MixtureOfDepths(block(64), 64, 0.5, key=KEY), limit=0.25),
+        lambda: mode.causal(mode.MixtureOfDepths(block(64), 64, 0.5, key=KEY), limit=0.25),
         (2, 128, 64),
     ),
-    "expert choice": (experts(128, capacity_factor=2.0), (2, 128, 128)),
-    "token choice": (experts(64, select=mode.TokenChoice(2), num_noop=2), (2, 256, 64)),
+    "expert choice": (lambda: experts(128, capacity_factor=2.0), (2, 128, 128)),
+    "token choice": (lambda: experts(64, select=mode.TokenChoice(2), num_noop=2), (2, 256, 64)),
     "shared expert": (
-        mode.Residual(mode.MixtureOfExperts(swiglu(64), 64, 4, num_shared=1, key=KEY)),
+        lambda: mode.Residual(mode.MixtureOfExperts(swiglu(64), 64, 4, num_shared=1, key=KEY)),
         (2, 128, 64),
     ),
-    "staged": (mode.staged_mode(gelu(64), 64, 4, 4, capacity=0.5, key=KEY), (2, 256, 64)),
-    "integrated": (mode.integrated_mode(gelu(64), 64, 4, 6, 2, key=KEY), (2, 128, 64)),
-    "reduced": (mode.reduced_capacity_moe(gelu(64), 64, 4, 6, 2, key=KEY), (2, 128, 64)),
+    "staged": (lambda: mode.staged_mode(gelu(64), 64, 4, 4, capacity=0.5, key=KEY), (2, 256, 64)),
+    "integrated": (lambda: mode.integrated_mode(gelu(64), 64, 4, 6, 2, key=KEY), (2, 128, 64)),
+    "reduced": (lambda: mode.reduced_capacity_moe(gelu(64), 64, 4, 6, 2, key=KEY), (2, 128, 64)),
 }
 
 
@@ -93,8 +88,8 @@ def decoder(depth: int, **options: Any) -> mode.Transformer:
 @pytest.mark.parametrize("of", [forward, training], ids=["forward", "training"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_cost_what_the_compiler_says(name: str, of: Callable[..., Any]) -> None:
-    layer, shape = LAYERS[name]
-    function, arrays = of(layer)
+    make, shape = LAYERS[name]
+    function, arrays = of(make())
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     counted = mode.count_flops(function, arrays, x)
     assert counted.total == pytest.approx(compiled(function, arrays, x), rel=0.03)

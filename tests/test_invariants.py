@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -25,19 +24,12 @@ from .layers import (
     hidden,
     loss,
     predicted,
-    quick_compiler,
     ranked,
     run,
     split,
     stack,
     transformer_block,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 KEY = jax.random.key(3)

@@ -1,6 +1,5 @@
 """What an implementation of experts and MoDE must get right: one test per invariant, 23 to 33."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -21,7 +20,6 @@ from .layers import (
     experts,
     hidden,
     loss,
-    quick_compiler,
     ranked,
     run,
     split,
@@ -31,12 +29,6 @@ from .layers import (
 
 KEY = jax.random.key(4)
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 class Pooled(eqx.Module):

@@ -23,6 +23,9 @@ from mode.lab.__main__ import main
 from mode.lab.data import Batch, batches, held_out_batches, read_corpus
 
 
+OPTIMISED = True
+
+
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
 FLAGS = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),

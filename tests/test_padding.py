@@ -1,7 +1,6 @@
 """Padding goes through every layer of the table untouched, and touches nothing."""
 
 import functools
-from collections.abc import Iterator
 
 import equinox as eqx
 import jax
@@ -13,13 +12,7 @@ from jaxtyping import Array, PyTree
 import mode
 
 from .helpers import padded_info
-from .layers import CASES, DIM, GROUPS, TOKENS, Case, build, hidden, quick_compiler, run, split
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
+from .layers import CASES, DIM, GROUPS, TOKENS, Case, build, hidden, run, split
 
 
 every = pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,5 @@
 """Errors of public implementations of Mixture-of-Depths and -Experts, each kept out by a test."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -25,7 +24,6 @@ from .layers import (
     experts,
     hidden,
     predicted,
-    quick_compiler,
     ranked,
     run,
     stack,
@@ -37,12 +35,6 @@ from .layers import (
 
 KEY = jax.random.key(5)
 CHOSEN = TOKENS // 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 class Times(mode.AbstractGate):

@@ -108,9 +108,8 @@ def test_the_bias_evens_out_the_loads_of_token_choice():
     """From a router that sends nearly all tokens to one expert to one that uses all choices."""
     layer = make_experts(mode.TokenChoice(1))
     skewed = jnp.zeros((DIM, 4)).at[0].set(jnp.asarray([2.0, 0.0, 0.0, 0.0]))
-    layer = eqx.tree_at(
-        lambda m: m.router.scorer.weight, layer, layer.router.scorer.weight + skewed
-    )
+    spread = layer.router.scorer.weight / layer.router.scorer.weight.std() * DIM**-0.5
+    layer = eqx.tree_at(lambda m: m.router.scorer.weight, layer, spread + skewed)
     x = hidden_states(11, 4, 32, DIM).at[..., 0].set(1.0)
 
     @eqx.filter_jit

@@ -1,7 +1,7 @@
 """Each assertion of `mode.testing` passes on what is right and fails on what is broken."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -20,7 +20,6 @@ from .layers import (
     One,
     depth,
     experts,
-    quick_compiler,
     stack,
     transformer_block,
     with_selector,
@@ -28,12 +27,6 @@ from .layers import (
 
 
 KEY = jax.random.key(6)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    with quick_compiler():
-        yield
 
 
 class Around(eqx.Module):
