@@ -29,6 +29,7 @@ import equinox as eqx
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 
@@ -126,8 +127,6 @@ def count_flops(function: Callable[..., PyTree], *args: Any, **kwargs: Any) -> F
 
 def _without_dead_code(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """What the compiler will throw away is not counted: half of a gradient's forward often is."""
-    from jax.interpreters import partial_eval
-
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 

@@ -11,6 +11,7 @@ import pytest
 from jaxtyping import Array, PyTree
 
 import mode
+from mode._precision import cast_parameters
 
 from .helpers import assert_close, padded_info
 from .layers import (
@@ -34,10 +35,6 @@ from .layers import (
 
 KEY = jax.random.key(3)
 CHOSEN = TOKENS // 4
-
-
-def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
-    return jax.tree.map(lambda p: p.astype(dtype) if eqx.is_inexact_array(p) else p, tree)
 
 
 def test_invariant_01_dense_equivalence() -> None:
@@ -154,7 +151,7 @@ def test_invariant_09_gradient_through_the_selected_only() -> None:
 
     def reading(weight: Array, mask: Array, x: Array = x) -> Array:
         routed = eqx.tree_at(lambda m: m.router.scorer.weight, layer, weight)
-        return jnp.sum(jnp.where(mask, jnp.sin(cast(routed, x.dtype)(x)[0]), 0))
+        return jnp.sum(jnp.where(mask, jnp.sin(cast_parameters(routed, x.dtype)(x)[0]), 0))
 
     weight = layer.router.scorer.weight
     gradient = jax.jit(jax.grad(reading))
