@@ -113,6 +113,37 @@ def apply(layer: mode.Residual | mode.MixtureOfDepths, x: jax.Array) -> jax.Arra
     return layer(x)[0]
 
 
+def products(shape: tuple[int, int, int]) -> None:
+    """The block's products with its weights and nothing else: what both have to spend."""
+    dim = shape[-1]
+    sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
+    weights = [jax.random.normal(jax.random.key(0), size) * dim**-0.5 for size in sizes]
+    linears = [torch.nn.Linear(*size, bias=False) for size in sizes]
+    x = jax.random.normal(jax.random.key(1), shape).reshape(-1, dim)
+    rows = torch.randn(x.shape, requires_grad=True)
+
+    def chain(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+        return functools.reduce(jax.numpy.matmul, weights, x)
+
+    def torch_chain() -> None:
+        for linear in linears:
+            linear.zero_grad()
+        rows.grad = None
+        functools.reduce(lambda x, linear: linear(x), linears, rows).sum().backward()
+
+    variants = {
+        "PyTorch products": torch_chain,
+        "XLA products": timing.compiled(timing.with_gradient(chain), weights, x),
+    }
+    medians = timing.take_turns(variants)
+    timing.report(
+        f"{list(shape)}, products with the weights alone, forward+backward",
+        medians,
+        "PyTorch products",
+        {},
+    )
+
+
 def dense(shape: tuple[int, int, int]) -> bool:
     x = jax.random.normal(jax.random.key(1), shape)
     layer = mode.Residual(jax_block(shape[-1]))
@@ -179,5 +210,7 @@ def memory() -> bool:
 if __name__ == "__main__":
     timing.header()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}")
+    for shape in SHAPES:
+        products(shape)
     results = [*map(dense, SHAPES), routed(SHAPES[0]), memory()]
     sys.exit(0 if all(results) else 1)
