@@ -126,7 +126,8 @@ class MixtureOfExperts(eqx.Module):
             updates = _apply(self.experts, rows, 0)
             check_kept_shape("make_expert", updates, rows)
             updates = updates.reshape(slots.shape)
-            update = combine(updates, routing, onto=jnp.zeros_like(x))
+            # -0.0 is what addition leaves alone: + 0.0 would turn the -0.0 of a skipped token to 0.0.
+            update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
             if self.shared is not None:
                 # As in the router: a NaN in the padding would reach the gradients of parameters.
                 rows = jnp.where(info.valid[..., None], x, 0).reshape(-1, x.shape[-1])

@@ -1,0 +1,153 @@
+"""Capacity and assignment: who gets a slot."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+Gate: TypeAlias = Literal["raw", "sigmoid", "tanh", "softmax", "selected_softmax"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who got a slot.
+
+    `index` `[experts, capacity]`: token numbers, ascending in each row, `tokens` where empty.
+    `load` `[choices]`: assignments asked for, before capacity limits; experts, then no-ops.
+    """
+
+    index: Ints
+    load: Ints
+
+
+Selector: TypeAlias = Callable[[Floats, Bools], Assignment]
+Block: TypeAlias = Callable[[Floats, Ints, Ints], Floats]
+
+
+def as_float64(values: ArrayLike) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+# Capacity
+
+
+def simplest_fraction(value: float | Fraction) -> Fraction:
+    """The fraction of smallest denominator that equals `value` once rounded to a float."""
+    if isinstance(value, Fraction):
+        return value
+    exact = Fraction(value)
+    # Bisection is sound: a larger bound only brings the best fraction closer to the float.
+    too_small, enough = 0, exact.denominator
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        if float(exact.limit_denominator(middle)) == value:
+            enough = middle
+        else:
+            too_small = middle
+    return exact.limit_denominator(enough)
+
+
+def token_capacity(num_tokens: int, fraction: float | Fraction, multiple_of: int = 1) -> int:
+    """Slots of one expert: k = n c / e of EC, C of MoD section 3.1, made an integer."""
+    slots = int(num_tokens * simplest_fraction(fraction))
+    while slots % multiple_of != 0:
+        slots += 1
+    return max(1, min(num_tokens, slots))
+
+
+# Selection
+
+
+def _slots(taken: Sequence[Sequence[int]], num_tokens: int, capacity: int) -> Ints:
+    index = np.full((len(taken), capacity), num_tokens, dtype=np.int64)
+    for expert, members in enumerate(taken):
+        for slot, token in enumerate(sorted(members)):
+            index[expert, slot] = token
+    return index
+
+
+def expert_choice(scores: Floats, valid: Bools, num_experts: int, capacity: int) -> Assignment:
+    """Each expert takes its best tokens: top-C of MoD section 3.4, top_k(S^T, k) of EC.
+
+    Ties go to the lowest token; -inf is ineligible; a no-op choice takes nothing.
+    """
+    num_tokens, num_choices = scores.shape
+    taken: list[list[int]] = []
+    load = np.zeros(num_choices, dtype=np.int64)
+    for expert in range(num_experts):
+        eligible = [t for t in range(num_tokens) if valid[t] and scores[t, expert] > -np.inf]
+        best_first = sorted(eligible, key=lambda t: (-scores[t, expert], t))
+        taken.append(best_first[:capacity])
+        load[expert] = len(taken[expert])
+    return Assignment(_slots(taken, num_tokens, capacity), load)
+
+
+def token_choice(
+    scores: Floats, valid: Bools, num_experts: int, capacity: int, k: int
+) -> Assignment:
+    """Each token asks for its `k` best choices (MoD section 3.3); a full expert drops it.
+
+    Tokens are served in time order, so that no later token can evict an earlier one. Ties go to
+    the lowest choice. `load` counts what was asked, no-ops included.
+    """
+    num_tokens, num_choices = scores.shape
+    taken: list[list[int]] = [[] for _ in range(num_experts)]
+    load = np.zeros(num_choices, dtype=np.int64)
+    for token in range(num_tokens):
+        if not valid[token]:
+            continue
+        best_first = sorted(range(num_choices), key=lambda c: (-scores[token, c], c))
+        for choice in best_first[:k]:
+            load[choice] += 1
+            if choice < num_experts and len(taken[choice]) < capacity:
+                taken[choice].append(token)
+    return Assignment(_slots(taken, num_tokens, capacity), load)
+
+
+def threshold(logits: Floats, valid: Bools, slots: int) -> Assignment:
+    """Causal rule of MoD section 3.5: a token goes in when sigmoid(logit) > 0.5, that is logit > 0.
+
+    The paper sets no limit; here the first `slots` that ask get in, and `load` counts all who ask.
+    """
+    num_tokens, num_experts = logits.shape
+    taken: list[list[int]] = [[] for _ in range(num_experts)]
+    load = np.zeros(num_experts, dtype=np.int64)
+    for token in range(num_tokens):
+        for expert in range(num_experts):
+            if valid[token] and logits[token, expert] > 0:
+                load[expert] += 1
+                if len(taken[expert]) < slots:
+                    taken[expert].append(token)
+    return Assignment(_slots(taken, num_tokens, slots), load)
+
+
+def strided(valid: Bools, num_experts: int, capacity: int) -> Assignment:
+    """Control without scores: min(capacity, n) evenly spaced valid tokens, a phase per expert."""
+    ranked = [t for t in range(len(valid)) if valid[t]]
+    n = len(ranked)
+    taken: list[list[int]] = []
+    for expert in range(num_experts):
+        phase = expert * n // num_experts
+        taken.append([])
+        for r in range(n):
+            if ((r + 1) * capacity + phase) // n != (r * capacity + phase) // n:
+                taken[expert].append(ranked[r])
+    load = np.array([len(members) for members in taken], dtype=np.int64)
+    return Assignment(_slots(taken, len(valid), capacity), load)
+
+
+def selected_mask(index: Ints, num_tokens: int) -> Bools:
+    """`[tokens, experts]`: whether the expert gave the token a slot."""
+    mask = np.zeros((num_tokens, len(index)), dtype=bool)
+    for expert in range(len(index)):
+        for token in index[expert]:
+            if token < num_tokens:
+                mask[token, expert] = True
+    return mask

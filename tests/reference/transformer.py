@@ -1,0 +1,96 @@
+"""The transformer block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .assignment import Floats, Ints, as_float64
+from .gates import sigmoid, softmax
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float = 1e-6) -> Floats:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    return np.array([t / np.sqrt(np.mean(t * t) + eps) * weight for t in as_float64(x)])
+
+
+def rope(x: Floats, positions: Ints, theta: float = 10_000.0) -> Floats:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on `[tokens, heads, head_dim]`.
+
+    Split halves: the pair (x_i, x_{i + half}) turns by position * theta^(-2 i / head_dim).
+    """
+    num_tokens, num_heads, head_dim = x.shape
+    half = head_dim // 2
+    out = np.zeros(x.shape)
+    for t, h, i in np.ndindex(num_tokens, num_heads, half):
+        angle = float(positions[t]) * theta ** (-2 * i / head_dim)
+        a, b = float(x[t, h, i]), float(x[t, h, i + half])
+        out[t, h, i] = a * np.cos(angle) - b * np.sin(angle)
+        out[t, h, i + half] = b * np.cos(angle) + a * np.sin(angle)
+    return out
+
+
+def causal_attention(q: Floats, k: Floats, v: Floats, segment_ids: Ints) -> Floats:
+    """softmax(q k^T / sqrt(head_dim)) v over the past of the same segment, segment 0 excluded.
+
+    `q` is `[tokens, heads, head_dim]`; `k` and `v` have kv_heads, each shared by
+    heads // kv_heads query heads (Ainslie et al. 2023, arXiv:2305.13245). A query
+    that sees no key gives zeros.
+    """
+    q, k, v = as_float64(q), as_float64(k), as_float64(v)
+    num_tokens, num_heads, head_dim = q.shape
+    shared_by = num_heads // k.shape[1]
+    out = np.zeros(q.shape)
+    for i, h in np.ndindex(num_tokens, num_heads):
+        g = h // shared_by
+        seen = [j for j in range(i + 1) if segment_ids[j] == segment_ids[i] != 0]
+        if seen:
+            share = softmax([q[i, h] @ k[j, g] / np.sqrt(head_dim) for j in seen])
+            out[i, h] = sum(p * v[j, g] for p, j in zip(share, seen, strict=True))
+    return out
+
+
+def gelu(x: Floats) -> Floats:
+    """The tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_feedforward(x: Floats, w_up: Floats, w_down: Floats) -> Floats:
+    """gelu(x w_up) w_down, weights `[in, out]`."""
+    return gelu(as_float64(x) @ as_float64(w_up)) @ as_float64(w_down)
+
+
+def swiglu_feedforward(x: Floats, w_gate: Floats, w_up: Floats, w_down: Floats) -> Floats:
+    """(silu(x w_gate) * (x w_up)) w_down (Shazeer 2020, arXiv:2002.05202)."""
+    gate = as_float64(x) @ as_float64(w_gate)
+    return (gate * sigmoid(gate) * (as_float64(x) @ as_float64(w_up))) @ as_float64(w_down)
+
+
+@dataclass(frozen=True)
+class BlockParams:
+    """A pre-norm block. Weights are `[in, out]`; `feedforward` maps `[tokens, dim]` to itself."""
+
+    norm1: Floats
+    w_q: Floats
+    w_k: Floats
+    w_v: Floats
+    w_o: Floats
+    norm2: Floats
+    feedforward: Callable[[Floats], Floats]
+    num_heads: int
+    num_kv_heads: int
+    theta: float = 10_000.0
+
+
+def transformer_block_delta(
+    x: Floats, params: BlockParams, positions: Ints, segment_ids: Ints
+) -> Floats:
+    """f of MoD eq. 1, attention and the MLP after it: a + ff(norm2(x + a)), a = attn(norm1(x))."""
+    x = as_float64(x)
+    normed = rms_norm(x, params.norm1)
+    q = (normed @ params.w_q).reshape(len(x), params.num_heads, -1)
+    k = (normed @ params.w_k).reshape(len(x), params.num_kv_heads, -1)
+    v = (normed @ params.w_v).reshape(len(x), params.num_kv_heads, -1)
+    q, k = rope(q, positions, params.theta), rope(k, positions, params.theta)
+    attended = causal_attention(q, k, v, segment_ids).reshape(len(x), -1) @ params.w_o
+    return attended + params.feedforward(rms_norm(x + attended, params.norm2))
