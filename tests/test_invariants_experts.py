@@ -157,7 +157,8 @@ def test_invariant_29_a_no_op_is_nothing() -> None:
     assert all_noop.num_dropped.tolist() == [0] * GROUPS
     gradient = eqx.filter_jit(jax.grad(loss))(*split(with_noop), hidden())
     assert np.all(np.any(np.asarray(gradient.block.router.scorer.weight)[:, 4:] != 0, axis=0))
-    out, _ = run(with_bias(noop_bias(100.0, 4, 2), with_noop), jnp.full_like(hidden(), -0.0))
+    # Not compiled: XLA drops the addition of 0 that this is about.
+    out, _ = with_bias(noop_bias(100.0, 4, 2), with_noop)(jnp.full_like(hidden(), -0.0))
     assert np.all(np.signbit(out))
 
 
