@@ -50,6 +50,7 @@ from ._mode import (
 )
 from ._router import Predictor as Predictor, Router as Router
 from ._routing import RouterState as RouterState, Routing as Routing
+from ._sample import Sampler as Sampler
 from ._select import (
     AbstractSelector as AbstractSelector,
     ExpertChoice as ExpertChoice,

@@ -126,7 +126,7 @@ class MixtureOfExperts(eqx.Module):
             updates = _apply(self.experts, rows, 0)
             check_kept_shape("make_expert", updates, rows)
             updates = updates.reshape(slots.shape)
-            # -0.0 is what addition leaves alone: + 0.0 would turn the -0.0 of a skipped token to 0.0.
+            # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
             update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
             if self.shared is not None:
                 # As in the router: a NaN in the padding would reach the gradients of parameters.

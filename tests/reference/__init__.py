@@ -46,6 +46,7 @@ from .losses import (
     router_z_loss as router_z_loss,
     running_quantile as running_quantile,
 )
+from .sampling import sampling_distribution as sampling_distribution
 from .transformer import (
     BlockParams as BlockParams,
     causal_attention as causal_attention,
