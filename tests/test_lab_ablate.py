@@ -30,7 +30,7 @@ SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
 FLAGS = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
     *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),
-    *("--held-out", "4", "--budget", "0.03"),
+    *("--held-out", "4", "--budget", "0.043"),
 ]
 
 

@@ -14,7 +14,7 @@ from .train import loss_and_gradient
 
 
 # A budget of 1 is what the dense arm spends on this many steps.
-DENSE_STEPS = 500
+DENSE_STEPS = 350
 
 
 def flops_per_step(arm: Arm, size: Size) -> int:
