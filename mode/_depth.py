@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._block import Block, Routings
+from ._block import Block, Residual, Routings
 from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch, dispatch_info
 from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
@@ -43,8 +43,9 @@ class MixtureOfDepths(eqx.Module):
     - `predictor`: guesses membership for causal inference; `Predictor(dim, key=key)` or `None`.
     - `router_std`: standard deviation of the router's initial weights.
 
-    **Raises:** `ValueError` for a capacity outside (0, 1], or a softmax gate: over one choice it
-    is 1 and the router gets no gradient.
+    **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer, which has its own residual,
+    in place of a block; or for a softmax gate: over one choice it is 1 and the router gets no
+    gradient.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> k1, k2 = jax.random.split(jax.random.key(0))
@@ -77,6 +78,12 @@ class MixtureOfDepths(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_capacity(capacity)
+        if isinstance(block, Residual | MixtureOfDepths):
+            raise ValueError(
+                "`block` of `MixtureOfDepths` must return the update alone, got a layer, "
+                f"`{type(block).__name__}`, which adds the residual itself: it would count twice. "
+                "Pass the block inside it, `layer.block`."
+            )
         if isinstance(gate, Softmax | SelectedSoftmax):
             raise ValueError(
                 f"`gate` of `MixtureOfDepths` must not be a softmax, got {gate}: over its single "

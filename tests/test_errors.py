@@ -389,3 +389,10 @@ def test_predicted_layers_are_accepted() -> None:
     (routing,) = eqx.filter_eval_shape(layer, x())[1]
     assert eqx.filter_eval_shape(mode.predictor_bce, routing).shape == ()
     traced(lambda: by_predictor(layer))
+
+
+@pytest.mark.parametrize("layer", ["dense", "mod"])
+def test_a_layer_is_no_block(layer: str) -> None:
+    """Its residual would count twice, and no shape would tell."""
+    with pytest.raises(ValueError, match=r"must return the update alone, got a layer, `\w+`"):
+        mode.MixtureOfDepths(layers()[layer], DIM, key=KEY)
