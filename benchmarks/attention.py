@@ -118,7 +118,7 @@ def products(shape: tuple[int, int, int]) -> None:
     dim = shape[-1]
     sizes = [(dim, dim)] * 4 + [(dim, 4 * dim), (4 * dim, dim)]
     weights = [jax.random.normal(jax.random.key(0), size) * dim**-0.5 for size in sizes]
-    linears = [torch.nn.Linear(*size, bias=False) for size in sizes]
+    linears = torch.nn.Sequential(*(torch.nn.Linear(*size, bias=False) for size in sizes))
     x = jax.random.normal(jax.random.key(1), shape).reshape(-1, dim)
     rows = torch.randn(x.shape, requires_grad=True)
 
@@ -126,10 +126,9 @@ def products(shape: tuple[int, int, int]) -> None:
         return functools.reduce(jax.numpy.matmul, weights, x)
 
     def torch_chain() -> None:
-        for linear in linears:
-            linear.zero_grad()
+        linears.zero_grad()
         rows.grad = None
-        functools.reduce(lambda x, linear: linear(x), linears, rows).sum().backward()
+        linears(rows).sum().backward()
 
     variants = {
         "PyTorch products": torch_chain,

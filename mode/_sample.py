@@ -71,8 +71,10 @@ class Sampler(eqx.Module):
         if self.top_k is None and self.top_p == 1:
             return jax.random.categorical(key, scaled)
         kept, ids = jax.lax.top_k(scaled, min(self.top_k or logits.size, logits.size))
-        share = jax.nn.softmax(kept)
-        likelier = jnp.cumsum(share) - share  # the probability of all that come before
-        # The sum of the shares may round to less than `top_p`; the likeliest stays in any case.
-        outside = (likelier >= self.top_p).at[0].set(False)
-        return ids[jax.random.categorical(key, jnp.where(outside, -jnp.inf, kept))]
+        if self.top_p < 1:
+            share = jax.nn.softmax(kept)
+            likelier = jnp.cumsum(share) - share  # the probability of all that come before
+            # A `top_p` too small for the dtype is 0 in it; the likeliest stays all the same.
+            outside = (likelier >= self.top_p).at[0].set(False)
+            kept = jnp.where(outside, -jnp.inf, kept)
+        return ids[jax.random.categorical(key, kept)]
