@@ -1,14 +1,29 @@
-"""Mixture-of-Depths, expert-choice Mixture-of-Experts and MoDE, as Equinox layers."""
+"""Mixture-of-Depths, expert-choice Mixture-of-Experts and MoDE, as Equinox layers.
+
+- **Layers**: `Residual`, `MixtureOfDepths`. **Blocks** for them: `TransformerBlock`, `Attention`,
+  `MixtureOfExperts`, `PositionWise`, and `Delta` for modules with their own skip connection.
+  MoDE by name: `staged_mode`, `integrated_mode`, `reduced_capacity_moe`.
+- **Routing**: `Router` makes a `Routing`, the record of who was taken. Its parts are a selector
+  (`ExpertChoice`, `TokenChoice`, `RandomChoice`, `Strided`, `Threshold`, `Replay`), a gate (`Raw`,
+  `Sigmoid`, `Tanh`, `Softmax`, `SelectedSoftmax`) and a `Predictor`. `dispatch` and `combine` move
+  tokens by it; `token_capacity` says how many.
+- **Models**: `Transformer`, `mod_decoder`, `every_other`; `TokenInfo` for packed documents.
+- **Training**: `trainable`, `update_state`, the losses `router_z_loss`, `load_balance_loss`,
+  `router_bce`, `predictor_bce`; `routing_metrics`, `agreement`; `count_flops`.
+- **Causal**: `causal` and its rules, `ByQuantile`, `ByPredictor`, `ByLogit`; `Sampler`.
+- **Surgery**: `routers`, `map_routers`, `for_each_router`. **Checks**: `mode.testing`.
+"""
 
 import importlib.metadata
 
 from . import testing as testing
+from ._adapt import Delta as Delta, PositionWise as PositionWise
 from ._attention import (
     causal_attention as causal_attention,
     plain_attention as plain_attention,
     rope as rope,
 )
-from ._block import Delta as Delta, PositionWise as PositionWise, Residual as Residual
+from ._block import AbstractLayer as AbstractLayer, Residual as Residual
 from ._capacity import token_capacity as token_capacity
 from ._causal import causal as causal, causal_membership as causal_membership
 from ._decoder import (

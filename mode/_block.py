@@ -1,4 +1,4 @@
-"""The two contracts, and the adapters between them and everything else.
+"""The two contracts.
 
 - A **block** returns the residual *update*: `(x, info, *, key=None) -> (update, routings)`.
 - A **layer** returns *hidden states*: `(x, info=None, *, key=None) -> (hidden, routings)`.
@@ -8,15 +8,15 @@ Mixture-of-Depths by one word. `routings` is always a tuple, `()` where nothing 
 holds one `Routing` per router in the order of the routers in the module.
 """
 
+import abc
+import inspect
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._info import TokenInfo, check_hidden, resolve_info
-from ._precision import cast_parameters
 from ._routing import Routing
 
 
@@ -25,16 +25,85 @@ Block = Callable[..., tuple[Float[Array, "*groups tokens dim"], Routings]]
 Layer = Callable[..., tuple[Float[Array, "*groups tokens dim"], Routings]]
 
 
-def check_kept_shape(name: str, result: Float[Array, "..."], x: Float[Array, "..."]) -> None:
-    """Refuse a module that does not map a vector or a sequence to one of the same shape."""
-    if result.shape != x.shape:
+class AbstractLayer(eqx.Module):
+    """What adds the residual itself. The name lets a layer be refused where a block is meant: its
+    residual would count twice, and no shape would tell."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns hidden states of that shape and the routings."""
+
+
+def check_block(name: str, block: object) -> None:
+    """Refuse, where a layer is built, what cannot be its block."""
+    if isinstance(block, AbstractLayer):
         raise ValueError(
-            f"`{name}` must keep the shape of what it is given, {x.shape[1:]}, got "
-            f"{result.shape[1:]}: its result is added to the residual stream."
+            f"`{name}` must return the update alone, got a layer, `{type(block).__name__}`, which "
+            "adds the residual itself: it would count twice. Pass the block inside it, "
+            "`layer.block`."
+        )
+    if isinstance(block, type) or not can_be_called(block, None, None, key=None):
+        raise ValueError(
+            f"`{name}` must be a block, called as `block(x, info, key=key)` and returning (update, "
+            f"routings), got {type_name(block)}, which cannot be called so. Make a block of a "
+            "module of one sequence with its own skip connection by `Delta(module)`, of a function "
+            "of one token by `PositionWise(function)`."
         )
 
 
-class Residual(eqx.Module):
+def run_block(
+    name: str,
+    block: Block,
+    x: Float[Array, "*groups tokens dim"],
+    info: TokenInfo,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+    """`block(x, info, key=key)`, held to the contract: (update, tuple of routings)."""
+    result = block(x, info, key=key)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
+        raise ValueError(
+            f"`{name}` must return (update, routings), with `()` where nothing was routed, got "
+            f"{type_name(result)} from {type_name(block)}. Make a block of a module that returns "
+            "hidden states by `Delta(module)`."
+        )
+    check_kept_shape(name, result[0].shape, x.shape)
+    return result
+
+
+def can_be_called(function: object, *args: object, **kwargs: object) -> bool:
+    """Whether a call with these arguments fits the signature of `function`."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # compiled functions may have no signature to look at
+        return True
+    return True
+
+
+def type_name(value: object) -> str:
+    """For an error: what was got, where its value would say too much."""
+    return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
+
+
+def check_kept_shape(name: str, got: tuple[int, ...], given: tuple[int, ...]) -> None:
+    """Refuse a module that does not map a vector or a sequence to one of the same shape."""
+    if got != given:
+        raise ValueError(
+            f"`{name}` must keep the shape of what it is given, {given}, got {got}: its result is "
+            "added to the residual stream."
+        )
+
+
+class Residual(AbstractLayer):
     """A block applied to every token: $x + f(x)$. The dense layer.
 
     Padding tokens pass by unchanged, and the block sees zeros in their place, so that no number in
@@ -44,6 +113,9 @@ class Residual(eqx.Module):
 
     - `block`: any block.
 
+    **Raises:** `ValueError` for a layer, or a module that cannot be called as a block; at the call,
+    for a block whose result is not an update of the shape of `x` and a tuple.
+
     >>> import jax, mode
     >>> block = mode.TransformerBlock(32, num_heads=4, key=jax.random.key(0))
     >>> hidden, routings = mode.Residual(block)(jnp.ones((4, 64, 32)))
@@ -52,6 +124,9 @@ class Residual(eqx.Module):
     """
 
     block: Block
+
+    def __check_init__(self):
+        check_block("block", self.block)
 
     def __call__(
         self,
@@ -63,74 +138,9 @@ class Residual(eqx.Module):
         """`x`: `[*groups, tokens, dim]`. Returns hidden states of that shape and the routings."""
         check_hidden(x)
         if info is None:
-            update, routings = self.block(x, resolve_info(x, None), key=key)
-            return x + update, routings
+            update, routings = run_block("block", self.block, x, resolve_info(x, None), key)
+            return x + update.astype(x.dtype), routings
         info = resolve_info(x, info)
         real = info.valid[..., None]
-        update, routings = self.block(jnp.where(real, x, 0), info, key=key)
-        return jnp.where(real, x + update, x), routings
-
-
-class Delta(eqx.Module):
-    """Makes a block of a module that has its own skip connection: $f(X) = M(X) - X$.
-
-    The module maps one sequence, `[tokens, dim]`, to one of the same shape, as Equinox modules do;
-    it is mapped over the groups. It is told neither positions nor segments: it sees the tokens it
-    is given, in time order, empty slots as zeros at the end. A module that needs more, or packed
-    documents, is better written as a block. In bfloat16 the difference loses digits that a
-    block which returns its update keeps.
-
-    **Arguments:**
-
-    - `module`: maps `[tokens, dim]` to `[tokens, dim]`.
-    - `takes_key`: whether the module is called with `key=`, as one with dropout is.
-    """
-
-    module: Callable[..., Float[Array, "tokens dim"]]
-    takes_key: bool = eqx.field(static=True, default=False)
-
-    def __call__(
-        self,
-        x: Float[Array, "*groups tokens dim"],
-        info: TokenInfo,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
-        """`x`: `[*groups, tokens, dim]`. Returns the update, and no routings."""
-        del info
-        module = cast_parameters(self.module, x.dtype)
-        groups = x.reshape(-1, *x.shape[-2:])
-        if self.takes_key and key is not None:
-            keys = jax.random.split(key, groups.shape[0])
-            hidden = jax.vmap(lambda group, k: module(group, key=k))(groups, keys)
-        else:
-            hidden = jax.vmap(module)(groups)
-        check_kept_shape("module", hidden, groups)
-        return hidden.reshape(x.shape) - x, ()
-
-
-class PositionWise(eqx.Module):
-    """Makes a block of a function of one token: `[dim] -> [dim]`, such as `eqx.nn.MLP`.
-
-    **Arguments:**
-
-    - `function`: maps one vector to one of the same size, or acts on `[..., dim]` at once, as
-        `SwiGLU` and `GELU` do.
-    """
-
-    function: Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
-
-    def __call__(
-        self,
-        x: Float[Array, "*groups tokens dim"],
-        info: TokenInfo,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
-        """`x`: `[*groups, tokens, dim]`. Returns the update, and no routings."""
-        del info, key
-        function = cast_parameters(self.function, x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        update = jax.vmap(function)(rows)
-        check_kept_shape("function", update, rows)
-        return update.reshape(x.shape), ()
+        update, routings = run_block("block", self.block, jnp.where(real, x, 0), info, key)
+        return jnp.where(real, x + update.astype(x.dtype), x), routings

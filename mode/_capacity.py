@@ -1,10 +1,16 @@
 """How many tokens an expert may take: the one place where capacity is rounded."""
 
 import math
+import numbers
 from fractions import Fraction
 
 
 Share = int | float | Fraction
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a finite real number: not a string, not an array, not NaN."""
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def exact_fraction(name: str, value: Share) -> Fraction:
@@ -15,27 +21,29 @@ def exact_fraction(name: str, value: Share) -> Fraction:
 
     **Raises:** `ValueError`, naming `name`, where `value` is not a finite positive number.
     """
-    if not math.isfinite(value) or value <= 0:
+    if not is_finite(value) or value <= 0:
         raise ValueError(
-            f"`{name}` must be a finite number above 0, got {value}. "
+            f"`{name}` must be a finite number above 0, got {value!r}. "
             "It is a share of the tokens of a group; 0.125 takes one token in eight."
         )
     if isinstance(value, Fraction):
         return value
-    value = float(value)
+    # In the value's own precision: NumPy's float32 of 0.1 means 1/10 too.
+    kind = type(value)
     for digits in range(18):
-        simplest = Fraction(value).limit_denominator(10**digits)
-        if float(simplest) == value:
+        simplest = Fraction(float(value)).limit_denominator(10**digits)
+        if kind(float(simplest)) == value:
             return simplest
-    return Fraction(value)
+    return Fraction(float(value))
 
 
 def token_capacity(num_tokens: int, fraction: Share, *, multiple_of: int = 1) -> int:
     """The number of slots that `fraction` of a group of tokens comes to.
 
     $\\min(T, \\max(1, m \\lceil \\lfloor T f \\rfloor / m \\rceil))$, in exact arithmetic: the
-    product is rounded down, so that a budget is never exceeded; then up to a multiple of
-    `multiple_of`, so that alignment never takes slots away; then clipped to `[1, num_tokens]`.
+    product is rounded down to whole tokens; then up to a multiple of `multiple_of`, so that
+    alignment never takes slots away; then clipped to `[1, num_tokens]`. So the share asked for is
+    exceeded by alignment alone, and where it comes to less than one token.
 
     **Arguments:**
 

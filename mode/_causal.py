@@ -29,7 +29,8 @@ def causal(model: PyTree, *, by: AbstractRule | None = None, limit: Share | None
 
     - `model`: any tree with routers in it: a layer, a model, a training state.
     - `by`: the rule of membership; by default the predictor of a router that has one, the running
-        quantile of any other.
+        quantile of any other. A quantile that `update_state` never moved is 0 and lets about half
+        of the tokens pass; one call, `update_state(model, model(tokens)[1])`, calibrates it.
     - `limit`: slots as a share of the tokens; `1.0` takes every token that asks, and `None` is each
         router's own capacity: the form in which the *training* forward runs under the threshold
         at the cost it had under top-k. Call it inside the loss for that: an optimizer's state has

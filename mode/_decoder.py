@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ._block import Layer, Residual, Routings
+from ._block import AbstractLayer, Layer, Residual, Routings
 from ._capacity import Share
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
@@ -22,7 +22,7 @@ from ._transformer import TransformerBlock
 MakeLayer = Callable[[PRNGKeyArray], Layer]
 
 
-class Stack(eqx.Module):
+class Stack(AbstractLayer):
     """A few layers, repeated: one scan, so that compiling takes as long for 48 layers as for 4.
 
     **Attributes:**
@@ -125,6 +125,13 @@ class Transformer(eqx.Module):
         """Number of layers."""
         return sum(len(stack.layers) * stack.repeats for stack in self.stacks)
 
+    def _embed(self, tokens: Int[Array, "*groups tokens"]) -> Float[Array, "*groups tokens dim"]:
+        # NaN for an id that does not exist: clamping it, as indexing does, would go unnoticed.
+        rows = self.embedding.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        return rows.astype(self.dtype) * self.embedding.shape[-1] ** 0.5
+
     def __call__(
         self,
         tokens: Int[Array, "*groups tokens"],
@@ -132,16 +139,17 @@ class Transformer(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*groups tokens vocab"], Routings]:
-        """`tokens`: `[*groups, tokens]`, ids below `vocab`. Returns next-token logits in float32 or
-        wider, and the routings."""
+        """`tokens`: `[*groups, tokens]`, ids below `vocab`; any other, but in the padding,
+        makes its sequence NaN. Returns next-token logits in float32 or wider, and the routings."""
         if tokens.ndim < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "`tokens` must be integers with the axes [*groups, tokens], got shape "
                 f"{tokens.shape} and dtype {tokens.dtype}."
             )
-        x = self.embedding[tokens].astype(self.dtype) * self.embedding.shape[-1] ** 0.5
         if info is not None:
-            info = resolve_info(x, info)
+            info = resolve_info(tokens[..., None], info)
+            tokens = jnp.where(info.valid, tokens, 0)  # any id may stand in the padding
+        x = self._embed(tokens)
         keys = [None] * len(self.stacks) if key is None else jax.random.split(key, len(self.stacks))
         routings: Routings = ()
         for stack, stack_key in zip(self.stacks, keys, strict=True):

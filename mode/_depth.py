@@ -1,30 +1,37 @@
 """Mixture-of-Depths: a block that only the tokens its router picks take part in."""
 
-import math
-
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._block import Block, Residual, Routings
-from ._capacity import Share, exact_fraction
+from ._block import AbstractLayer, Block, Routings, check_block, run_block
+from ._capacity import Share, exact_fraction, is_finite
 from ._dispatch import combine, dispatch, dispatch_info
 from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._router import ROUTER_STD, Predictor, Router
-from ._select import AbstractSelector, ExpertChoice
+from ._select import AbstractSelector, ExpertChoice, TokenChoice
 
 
 def check_capacity(capacity: Share) -> None:
     """Refuse a capacity that is not a share of the tokens."""
-    if not (math.isfinite(capacity) and 0 < capacity <= 1):
+    if not (is_finite(capacity) and 0 < capacity <= 1):
         raise ValueError(
-            f"`capacity` must be above 0 and at most 1, got {capacity}. It is the share of a "
+            f"`capacity` must be above 0 and at most 1, got {capacity!r}. It is the share of a "
             "group's tokens that take part in the block; the paper's best is 0.125."
         )
 
 
-class MixtureOfDepths(eqx.Module):
+def _check_select(select: AbstractSelector) -> None:
+    if isinstance(select, TokenChoice):
+        raise ValueError(
+            f"`select` of `MixtureOfDepths` must not be `TokenChoice`, got {select}: with a single "
+            "choice every token asks for it, and the first ones would be taken whatever they are. "
+            "Use `ExpertChoice()`, or `Threshold(ByLogit())`, under which tokens decide for "
+            "themselves."
+        )
+
+
+class MixtureOfDepths(AbstractLayer):
     """Routes a fixed number of tokens through a block and the rest around it.
 
     $x_i + r_i f(\\tilde X)_i$ for the $C$ selected tokens $\\tilde X$, and $x_i$, bit for bit, for
@@ -44,8 +51,8 @@ class MixtureOfDepths(eqx.Module):
     - `router_std`: standard deviation of the router's initial weights.
 
     **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer, which has its own residual,
-    in place of a block; or for a softmax gate: over one choice it is 1 and the router gets no
-    gradient.
+    or another module that is no block; for a softmax gate: over one choice it is 1 and the router
+    gets no gradient; for `TokenChoice`: of one choice, every token would take it.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> k1, k2 = jax.random.split(jax.random.key(0))
@@ -78,12 +85,8 @@ class MixtureOfDepths(eqx.Module):
         key: PRNGKeyArray,
     ):
         check_capacity(capacity)
-        if isinstance(block, Residual | MixtureOfDepths):
-            raise ValueError(
-                "`block` of `MixtureOfDepths` must return the update alone, got a layer, "
-                f"`{type(block).__name__}`, which adds the residual itself: it would count twice. "
-                "Pass the block inside it, `layer.block`."
-            )
+        check_block("block", block)
+        _check_select(select)
         if isinstance(gate, Softmax | SelectedSoftmax):
             raise ValueError(
                 f"`gate` of `MixtureOfDepths` must not be a softmax, got {gate}: over its single "
@@ -114,11 +117,12 @@ class MixtureOfDepths(eqx.Module):
     ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
         """`x`: `[*groups, tokens, dim]`. Returns hidden states and `(routing, *the block's)`."""
         check_hidden(x, self.router.dim)
+        _check_select(self.router.select)  # it may have been swapped since
         info = resolve_info(x, info)
         router_key, block_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("mode.MixtureOfDepths"):
             routing = self.router(x, info, key=router_key)
             slots = dispatch(x, routing)
             slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
-            update, inner = self.block(slots[0], slot_info, key=block_key)
+            update, inner = run_block("block", self.block, slots[0], slot_info, block_key)
             return combine(update[None], routing, onto=x), (routing, *inner)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._block import Routings, check_kept_shape
+from ._adapt import map_rows, takes_key
+from ._block import Routings, can_be_called, check_kept_shape, type_name
 from ._capacity import Share, exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
@@ -29,7 +30,8 @@ class MixtureOfExperts(eqx.Module):
     **Arguments:**
 
     - `make_expert`: builds one expert from a key. An expert maps one vector `[dim]` to one of the
-        same size; `eqx.nn.MLP`, `SwiGLU` and `GELU` do. All experts are one stacked module.
+        same size; `eqx.nn.MLP`, `SwiGLU` and `GELU` do. It is given a key where it has a parameter
+        `key`, as one with dropout has. All experts are one stacked module.
     - `dim`: features of the hidden states.
     - `num_experts`: experts that compute.
     - `capacity_factor`: slots per token, over all experts. Each has
@@ -48,8 +50,9 @@ class MixtureOfExperts(eqx.Module):
     `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
     who is chosen, never the weights, and only `update_state` moves it.
 
-    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, or a
-    capacity factor that is not a finite positive number; at the call, for one that leaves an
+    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, a
+    `make_expert` that does not build maps of `[dim]` to `[dim]` from a key, or a capacity factor
+    that is not a finite positive number; at the call, for one that leaves an
     expert less than one whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp, mode
@@ -92,6 +95,7 @@ class MixtureOfExperts(eqx.Module):
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        _check_make_expert(make_expert, dim)
         router_key, expert_key, shared_key = jax.random.split(key, 3)
         make_experts = eqx.filter_vmap(make_expert)
         self.router = Router(
@@ -119,19 +123,22 @@ class MixtureOfExperts(eqx.Module):
         check_hidden(x, self.router.dim)
         info = resolve_info(x, info)
         self._check_slots(x.shape[-2])
+        router_key, expert_key, shared_key = (
+            (None, None, None) if key is None else jax.random.split(key, 3)
+        )
         with jax.named_scope("mode.MixtureOfExperts"):
-            routing = self.router(x, info, key=key)
+            routing = self.router(x, info, key=router_key)
             slots = dispatch(x, routing)
             rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
-            updates = _apply(self.experts, rows, 0)
-            check_kept_shape("make_expert", updates, rows)
+            updates = _apply(self.experts, rows, 0, expert_key)
             updates = updates.reshape(slots.shape)
             # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
             update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
             if self.shared is not None:
                 # As in the router: a NaN in the padding would reach the gradients of parameters.
                 rows = jnp.where(info.valid[..., None], x, 0).reshape(-1, x.shape[-1])
-                update = update + _apply(self.shared, rows, None).sum(0).reshape(x.shape)
+                shared = _apply(self.shared, rows, None, shared_key)
+                update = update + shared.sum(0).reshape(x.shape)
             return update, (routing,)
 
     def _check_slots(self, num_tokens: int) -> None:
@@ -147,12 +154,51 @@ class MixtureOfExperts(eqx.Module):
             )
 
 
+def _check_make_expert(make_expert: MakeExpert, dim: int) -> None:
+    """Build one expert and run it on one vector, both without computing anything."""
+    remedy = (
+        f"Pass a function of a key, such as `lambda key: SwiGLU({dim}, key=key)`, whose result "
+        f"maps one vector, [{dim}], to one of the same size."
+    )
+    if not can_be_called(make_expert, None):
+        raise ValueError(
+            "`make_expert` must build one expert from a key, its only argument, got "
+            f"{type_name(make_expert)}, which cannot be called so. {remedy}"
+        )
+    if any(map(eqx.is_array, jax.tree.leaves(make_expert))):
+        raise ValueError(
+            "`make_expert` must build one expert from a key, got an expert that is already built, "
+            f"{type_name(make_expert)}. {remedy}"
+        )
+    expert = eqx.filter_eval_shape(make_expert, jax.random.key(0))
+    if not callable(expert):
+        raise ValueError(
+            f"`make_expert` must return a function of one vector, got {type_name(expert)}. {remedy}"
+        )
+    vector = jax.ShapeDtypeStruct((dim,), jnp.float32)
+    options = {"key": jax.random.key(0)} if takes_key(expert) else {}
+    try:
+        update = eqx.filter_eval_shape(lambda expert, x: expert(x, **options), expert, vector)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`make_expert` must build experts of vectors of `dim={dim}` features, but its expert, "
+            f"{type_name(expert)}, did not take one: {error}. {remedy}"
+        ) from error
+    check_kept_shape("make_expert", getattr(update, "shape", ()), vector.shape)
+
+
 def _apply(
-    experts: Expert, rows: Float[Array, "*experts tokens dim"], rows_axis: int | None
+    experts: Expert,
+    rows: Float[Array, "*experts tokens dim"],
+    rows_axis: int | None,
+    key: PRNGKeyArray | None,
 ) -> Float[Array, "experts tokens dim"]:
     """Every expert on its own rows, or (`rows_axis` None) all of them on the same ones."""
     experts = cast_parameters(experts, rows.dtype)
+    counts = (leaf.shape[0] for leaf in jax.tree.leaves(experts) if eqx.is_array(leaf))
+    count = rows.shape[0] if rows_axis == 0 else next(counts, 1)
+    keys = None if key is None else jax.random.split(key, count)
     run = eqx.filter_vmap(
-        lambda expert, vectors: jax.vmap(expert)(vectors), in_axes=(eqx.if_array(0), rows_axis)
+        map_rows, in_axes=(eqx.if_array(0), rows_axis, None if keys is None else 0)
     )
-    return run(experts, rows)
+    return run(experts, rows, keys)

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class TokenInfo(eqx.Module):
@@ -89,7 +89,7 @@ def check_hidden(x: Float[Array, "*groups tokens dim"], dim: int | None = None) 
         )
 
 
-def resolve_info(x: Float[Array, "*groups tokens dim"], info: TokenInfo | None) -> TokenInfo:
+def resolve_info(x: Shaped[Array, "*groups tokens features"], info: TokenInfo | None) -> TokenInfo:
     """`info`, checked against `x`; plain sequences where the caller left it out."""
     if info is None:
         return TokenInfo.plain(x.shape[:-1])

@@ -14,7 +14,7 @@ from ._info import TokenInfo
 from ._linear import Linear
 from ._precision import float32_or_wider
 from ._routing import RouterState, Routing, selected_mask
-from ._select import AbstractSelector, Request, TokenChoice
+from ._select import AbstractSelector, Request, TokenChoice, check_instance
 
 
 # A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of
@@ -71,7 +71,8 @@ class Router(eqx.Module):
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
     - `std`: standard deviation of the scorer's initial weights; the paper gives none.
 
-    **Raises:** `ValueError` for a selector and gate that would leave the router without a gradient.
+    **Raises:** `ValueError` for a selector or gate that is none, such as its class; or for the two
+    together where they would leave the router without a gradient.
     """
 
     scorer: Callable[[Float[Array, "*groups tokens dim"]], Float[Array, "*groups tokens choices"]]
@@ -96,6 +97,9 @@ class Router(eqx.Module):
         std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
+        check_instance("select", select, AbstractSelector, "ExpertChoice()")
+        check_instance("gate", gate, AbstractGate, "Sigmoid()")
+        _check_gradient(select, gate)
         self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)
         self.select = select
         self.gate = gate
@@ -104,7 +108,6 @@ class Router(eqx.Module):
         self.dim = dim
         self.fraction = fraction
         self.num_experts = num_experts
-        _check_gradient(select, gate)
 
     @property
     def num_noop(self) -> int:

@@ -83,6 +83,15 @@ class AbstractSelector(eqx.Module):
         """Assign tokens to slots. `key` is for rules that draw random numbers."""
 
 
+def check_instance(name: str, value: object, kind: type, example: str) -> None:
+    """Refuse a class, a string or a bare function where an instance of a strategy is meant."""
+    if not isinstance(value, kind):
+        got = f"the class `{value.__name__}`" if isinstance(value, type) else repr(value)
+        raise ValueError(
+            f"`{name}` must be an instance of `{kind.__name__}`, such as `{example}`, got {got}."
+        )
+
+
 def first_come(
     asked: Bool[Array, "*groups tokens experts"], slots: int
 ) -> Int[Array, "*groups experts slots"]:

@@ -52,6 +52,9 @@ def map_routers(function: Callable[[Router], Router], model: PyTree) -> PyTree:
 def trainable(model: PyTree) -> PyTree[bool]:
     """A filter for `eqx.partition`: true for the parameters, false for router state and the rest.
 
+    `eqx.is_inexact_array` alone would hand an optimizer the router state as well: its gradient is
+    0, but weight decay would pull thresholds and biases to 0.
+
     >>> import equinox as eqx, jax, mode
     >>> model = mode.mod_decoder(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
     >>> parameters, rest = eqx.partition(model, mode.trainable(model))
@@ -77,6 +80,11 @@ def for_each_router(
 
     **Raises:** `ValueError` where the routings cannot be those of the model's routers.
     """
+    if not isinstance(routings, tuple | list):
+        raise ValueError(
+            "`routings` must be the tuple that the model's call returned, one routing per router, "
+            f"got a single {type(routings).__name__}. Pass `(routing,)`."
+        )
     found = routers(model)
     if len(found) != len(routings):
         raise ValueError(

@@ -8,8 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._capacity import Share, exact_fraction
-from ._select import AbstractSelector, Request, Selection, count_asked, first_come
+from ._capacity import Share, exact_fraction, is_finite
+from ._select import AbstractSelector, Request, Selection, check_instance, count_asked, first_come
 
 
 class AbstractRule(eqx.Module):
@@ -73,7 +73,7 @@ class Threshold(AbstractSelector):
         token that asks. `None` means the router's own capacity, so that training under the
         threshold costs what training under top-k did. What was turned away counts as dropped.
 
-    **Raises:** `ValueError` for a `limit` outside (0, 1].
+    **Raises:** `ValueError` for a `limit` outside (0, 1], or a `by` that is no rule.
     """
 
     by: AbstractRule = ByQuantile()
@@ -81,9 +81,10 @@ class Threshold(AbstractSelector):
     looks_ahead: ClassVar[bool] = False
 
     def __check_init__(self):
-        if self.limit is not None and not 0 < self.limit <= 1:
+        check_instance("by", self.by, AbstractRule, "ByQuantile()")
+        if self.limit is not None and not (is_finite(self.limit) and 0 < self.limit <= 1):
             raise ValueError(
-                f"`limit` of `Threshold` must be in (0, 1] or None, got {self.limit}. "
+                f"`limit` of `Threshold` must be in (0, 1] or None, got {self.limit!r}. "
                 "1.0 takes every token that asks."
             )
 

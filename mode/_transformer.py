@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._adapt import PositionWise
 from ._attention import Attend, causal_attention, rope
-from ._block import Block, PositionWise, Routings
+from ._block import Block, Routings, check_block, run_block
 from ._info import TokenInfo, check_hidden
 from ._linear import Linear, RMSNorm, SwiGLU
 
@@ -112,7 +113,7 @@ class TransformerBlock(eqx.Module):
     - `feedforward`: any block: `PositionWise(GELU(dim, key=key))`, a `MixtureOfExperts`; by
         default `PositionWise(SwiGLU(dim))`.
 
-    **Raises:** `ValueError` for sizes that do not divide.
+    **Raises:** `ValueError` for sizes that do not divide, or a feed-forward that is no block.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> block = mode.TransformerBlock(32, num_heads=4, num_kv_heads=2, key=jax.random.key(0))
@@ -137,6 +138,8 @@ class TransformerBlock(eqx.Module):
         attend: Attend = causal_attention,
         key: PRNGKeyArray,
     ):
+        if feedforward is not None:
+            check_block("feedforward", feedforward)
         attention_key, feedforward_key = jax.random.split(key)
         self.attention_norm = RMSNorm(dim)
         self.attention = Attention(
@@ -163,5 +166,5 @@ class TransformerBlock(eqx.Module):
         check_hidden(x, self.attention_norm.weight.shape[0])
         attended, _ = self.attention(self.attention_norm(x), info)
         normed = self.feedforward_norm(x + attended)
-        update, routings = self.feedforward(normed, info, key=key)
+        update, routings = run_block("feedforward", self.feedforward, normed, info, key)
         return attended + update, routings

@@ -61,7 +61,7 @@ def _run(model: Model, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routin
 def assert_static_shapes(
     model: Model,
     *,
-    tokens: Sequence[int],
+    tokens: int | Sequence[int],
     dim: int | None = None,
     vocab: int | None = None,
     groups: tuple[int, ...] = (2,),
@@ -75,10 +75,10 @@ def assert_static_shapes(
     **Arguments:**
 
     - `model`: a layer (with `dim`) or a model of token ids (with `vocab`).
-    - `tokens`: the lengths to try.
+    - `tokens`: the lengths to try, or one.
     - `groups`: leading axes.
     """
-    for length in tokens:
+    for length in (tokens,) if isinstance(tokens, int) else tokens:
         like = _abstract(groups, length, dim, vocab, dtype)
         hidden, routings = eqx.filter_eval_shape(
             lambda m, x: m(x, key=jax.random.key(0)), model, like
@@ -135,7 +135,11 @@ def assert_residual_identity(
     before, after = np.asarray(x)[skipped], np.asarray(hidden)[skipped]
     if before.tobytes() != after.tobytes():
         rows = np.any(before != after, axis=-1)
-        raise AssertionError(f"{rows.sum()} of {len(rows)} skipped tokens were changed.")
+        raise AssertionError(
+            f"{rows.sum()} of {len(rows)} tokens that the first router skipped were changed. This "
+            "is right for a layer that does something to every token, such as integrated MoDE's "
+            "attention or a shared expert, and not what this assertion is for."
+        )
 
 
 def assert_exact_capacity(
@@ -245,9 +249,18 @@ def assert_causal(
         if changed.any():
             raise AssertionError(
                 f"changing the tokens from {cut} on changed the output at {int(changed.argmax())}: "
-                "the model sees the future. A model trained with `ExpertChoice` is evaluated and "
-                "sampled through `mode.causal`."
+                f"the model sees the future. {_who_looks_ahead(model)}"
             )
+
+
+def _who_looks_ahead(model: Model) -> str:
+    selectors = {type(r.select).__name__ for r in routers(model) if r.select.looks_ahead}
+    if not selectors:
+        return "No selector in it looks ahead: a block, such as its attention, does."
+    return (
+        f"Its selector {' and '.join(sorted(selectors))} does, as in training it may; evaluate and "
+        "sample through `mode.causal(model)`."
+    )
 
 
 def assert_router_gradients(

@@ -127,7 +127,7 @@ CASES = [
     Case("mod_delta", lambda key: depth(key, lambda k: mode.Delta(Skipping(k)))),
     Case("mod_random", lambda key: depth(key, select=mode.RandomChoice()), bound=True),
     Case("mod_strided", lambda key: depth(key, select=mode.Strided(), gate=mode.Sigmoid(2.0))),
-    Case("mod_token_choice", lambda key: depth(key, select=mode.TokenChoice(1), gate=mode.Tanh())),
+    Case("mod_tanh", lambda key: depth(key, gate=mode.Tanh())),
     Case("mod_replay", replayed, bound=True),
     Case("mod_predictor", predicted),
     Case("mod_by_quantile", lambda key: depth(key, select=mode.Threshold())),

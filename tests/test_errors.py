@@ -307,20 +307,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.TokenInfo(jnp.zeros((2, 8), int), jnp.ones((8,), int)),
         r"`positions` and `segment_ids` must have the same shape, got \(2, 8\) and \(8,\)",
     ),
-    "a module that changes the shape": (
-        lambda: mode.Residual(mode.Delta(lambda rows: rows[:-1]))(x()),
-        r"`module` must keep the shape of what it is given, \(32, 16\), got \(31, 16\)",
-    ),
-    "a function that changes the size": (
-        lambda: mode.Residual(mode.PositionWise(lambda row: row[:-1]))(x()),
-        r"`function` must keep the shape .*\(16,\), got \(15,\)",
-    ),
-    "experts that change the size": (
-        lambda: mode.Residual(
-            mode.MixtureOfExperts(lambda key: eqx.nn.Linear(DIM, DIM + 1, key=key), DIM, 2, key=KEY)
-        )(x()),
-        r"`make_expert` must keep the shape .*16\), got .*17\)",
-    ),
     "an opinion on other tokens": (
         lambda: mode.agreement(routings(layers()["mod"])[0], jnp.zeros((2, 8, 1), bool)),
         r"`predicted` must have the axes .*\(2, 32, 1\), got \(2, 8, 1\)",
@@ -374,25 +360,9 @@ def test_info_of_other_tokens(name: str, shape: tuple[int, ...]) -> None:
         eqx.filter_eval_shape(layers()[name], tokens, info(*shape))
 
 
-def test_a_module_that_draws_needs_a_key() -> None:
-    """Dropout says so itself; with a key, each group draws for itself."""
-    dropout = mode.Residual(mode.Delta(eqx.nn.Dropout(0.5), takes_key=True))
-    kept = jax.jit(lambda x: dropout(x, key=KEY)[0] != 0)(x())
-    assert (kept[0] != kept[1]).any()
-    with pytest.raises(RuntimeError, match="key"):
-        dropout(x())
-
-
 def test_predicted_layers_are_accepted() -> None:
     """The other side of two refusals above."""
     layer = predicted(KEY)
     (routing,) = eqx.filter_eval_shape(layer, x())[1]
     assert eqx.filter_eval_shape(mode.predictor_bce, routing).shape == ()
     traced(lambda: by_predictor(layer))
-
-
-@pytest.mark.parametrize("layer", ["dense", "mod"])
-def test_a_layer_is_no_block(layer: str) -> None:
-    """Its residual would count twice, and no shape would tell."""
-    with pytest.raises(ValueError, match=r"must return the update alone, got a layer, `\w+`"):
-        mode.MixtureOfDepths(layers()[layer], DIM, key=KEY)

@@ -207,6 +207,11 @@ ARMS: tuple[Arm, ...] = (
 NAMES = tuple(arm.name for arm in ARMS)
 
 
+def arms_help() -> str:
+    """What each arm is, for the command line."""
+    return "Which arms to train. " + "; ".join(f"{a.name}: {a.description}" for a in ARMS) + "."
+
+
 def arms_named(names: Sequence[str]) -> list[Arm]:
     """The arms of those names, in the order of `ARMS`.
 

@@ -41,14 +41,16 @@ _READING = """\
   that never takes a token is right 87.5 % of the time at capacity 0.125; hence no accuracy. A dash:
   the training selection is causal as it is. Two numbers: the depth router and, inside it, the
   experts'.
-- *Slots per token* is what was computed: slots filled per token that reached the router, over all
-  experts. Under the causal rule every token that asks is taken, so an arm may compute more, or
-  less, than it was trained with; a lower loss at more slots is no fair win.
+- *Slots per token* is what was computed: slots filled per real token that reached the router, over
+  all experts. Top-k fills the slots of a sequence whose end is padding too, so a little more than
+  the capacity is no mistake. Under the causal rule every token that asks is taken, so an arm may
+  compute more, or less, than it was trained with; a lower loss at more slots is no fair win.
 - All arms spent equal training FLOPs ({flops:.3g}, loss and gradient, counted on the traced
   program), within one step. Cheaper arms took more steps and saw more text.
 
 ## What it does not show
 
+{short}\
 - **One seed.** Another seed moves these numbers; a difference in the second decimal is a lead, not
   evidence. Run other seeds into other folders.
 - **Toy scale.** {depth} layers of {dim} features, sequences of {length} bytes, minutes of training.
@@ -58,6 +60,14 @@ _READING = """\
   large models, and differ with what else the machine was doing.
 - Expert arms hold more parameters at equal FLOPs, which costs memory that no column counts.
 - The loss is teacher-forced on {bytes:,} held-out bytes; nothing was sampled.
+"""
+
+
+# Below this the learning rate has hardly risen, and running quantiles hardly settled.
+_FEW_STEPS = 100
+_SHORT = """\
+- **Too short to mean anything.** The shortest arm took {steps} steps, the rate rises over the first
+  of them and thresholds settle over dozens. Raise `--budget`.
 """
 
 
@@ -89,11 +99,22 @@ def write_report(
         write_atomically(out / "routing.png", lambda beside: plot_routing(beside, maps))
     write_text(out / "report.md", _markdown(results, settings, command, versions, bool(maps)))
     console.print(_table(results))
+    if _short(results):
+        console.print(
+            f"An arm took fewer than {_FEW_STEPS} steps: too short to mean anything.",
+            style="bold red",
+            highlight=False,
+        )
     console.print(
         "Top-k looks at the future; the causal column is what a sampler gets. One seed, toy scale: "
         f"see {out / 'report.md'}.",
         highlight=False,
     )
+
+
+def _short(results: Sequence[ArmResult]) -> str:
+    steps = min(result.steps for result in results)
+    return _SHORT.format(steps=steps) if steps < _FEW_STEPS else ""
 
 
 def _rows(results: Sequence[ArmResult]) -> list[list[str]]:
@@ -159,6 +180,7 @@ def _markdown(
         _READING.format(
             flops=max(result.steps * result.step_flops for result in results),
             bytes=results[0].bytes,
+            short=_short(results),
             **{name: settings["size"][name] for name in ("depth", "dim", "length")},
         )
     ]
