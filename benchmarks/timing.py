@@ -14,6 +14,9 @@ import equinox as eqx
 import jax
 
 
+PAUSE = 0.01  # seconds
+
+
 class Program:
     """A compiled program and its arguments: a call that waits for its result."""
 
@@ -57,12 +60,17 @@ def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def take_turns(variants: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each variant, run in turns after one warm-up round each."""
+    """Median seconds of each variant, run in turns after one warm-up round each.
+
+    Before each turn a pause: thread pools spin for a while when their work is done, and a library
+    would pay for its predecessor's.
+    """
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

@@ -84,12 +84,13 @@ def plain_attention(
     # The query heads of one key-value head are stacked as rows: its keys are not repeated.
     rows = (q.astype(wide) * head_dim**-0.5).reshape(batch, tokens, kv_heads, -1, head_dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bgqd,bkgd->bgqk", rows, k.astype(wide))
+    k, v = (part.astype(wide).transpose(0, 2, 1, 3) for part in (k, v))
+    scores = jnp.einsum("bgqd,bgkd->bgqk", rows, k)
     per_head = scores.reshape(batch, kv_heads, -1, tokens, tokens)
     place = jnp.arange(tokens)
     earlier = place[:, None] >= place[None, :]
     mask = earlier[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
     share = jax.nn.softmax(jnp.where(mask[:, None, None], per_head, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bgqk,bkgd->bgqd", share.reshape(scores.shape), v.astype(wide))
+    mixed = jnp.einsum("bgqk,bgkd->bgqd", share.reshape(scores.shape), v)
     mixed = mixed.reshape(batch, kv_heads, -1, tokens, head_dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q.shape).astype(q.dtype)

@@ -106,16 +106,21 @@ def oracle_block(
     attention = block.attention
     if feedforward is None:
         feedforward = oracle_function(block.feedforward.function)
+    heads, kv_heads = attention.num_heads, attention.num_kv_heads
+    size = attention.out.weight.shape[0] // heads
+    w_q, w_k, w_v = np.split(
+        f64(attention.qkv.weight), [heads * size, (heads + kv_heads) * size], 1
+    )
     params = ref.BlockParams(
         norm1=f64(block.attention_norm.weight),
-        w_q=f64(attention.query.weight),
-        w_k=f64(attention.key.weight),
-        w_v=f64(attention.value.weight),
+        w_q=w_q,
+        w_k=w_k,
+        w_v=w_v,
         w_o=f64(attention.out.weight),
         norm2=f64(block.feedforward_norm.weight),
         feedforward=feedforward,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         theta=attention.rope_theta,
     )
     return lambda x, positions, segments: ref.transformer_block_delta(

@@ -202,16 +202,14 @@ def test_bfloat16_activations_float32_parameters() -> None:
 def test_grouped_queries() -> None:
     """Fewer key-value heads, fewer parameters; repeated, they are the ordinary heads."""
     shared = transformer_block(KEY, num_kv_heads=1)
-    assert shared.attention.key.weight.shape == (DIM, DIM // 2)
-    plain = transformer_block(KEY)
+    weight = shared.attention.qkv.weight
+    assert weight.shape == (DIM, 2 * DIM)
+    query, key, value = jnp.split(weight, [DIM, DIM + DIM // 2], axis=1)
+    repeated = jnp.concatenate([query, key, key, value, value], axis=1)
     plain = eqx.tree_at(
-        lambda b: (b.attention.query, b.attention.out, b.feedforward),
-        plain,
-        (shared.attention.query, shared.attention.out, shared.feedforward),
-    )
-    twice = [jnp.tile(one.weight, (1, 2)) for one in (shared.attention.key, shared.attention.value)]
-    plain = eqx.tree_at(
-        lambda b: (b.attention.key.weight, b.attention.value.weight), plain, tuple(twice)
+        lambda b: (b.attention.qkv.weight, b.attention.out, b.feedforward),
+        transformer_block(KEY),
+        (repeated, shared.attention.out, shared.feedforward),
     )
     x = jax.random.normal(KEY, (2, TOKENS, DIM))
     assert_close(run(mode.Residual(shared), x)[0], run(mode.Residual(plain), x)[0])
