@@ -68,6 +68,7 @@ from ._routing import RouterState as RouterState, Routing as Routing
 from ._sample import Sampler as Sampler
 from ._select import (
     AbstractSelector as AbstractSelector,
+    AbstractTokenwise as AbstractTokenwise,
     ExpertChoice as ExpertChoice,
     RandomChoice as RandomChoice,
     Replay as Replay,

@@ -51,10 +51,10 @@ class Request(eqx.Module):
         """Tokens in one group, padding included."""
         return self.valid.shape[-1]
 
-    def without_noop(self, load: Int[Array, "*groups experts"]) -> Int[Array, "*groups choices"]:
-        """The load of a rule under which nobody asks for a no-op."""
-        num_noop = self.scores.shape[-1] - self.num_experts
-        return jnp.pad(load, [(0, 0)] * (load.ndim - 1) + [(0, num_noop)])
+    def without_noop(self, load: Int[Array, "*groups asked"]) -> Int[Array, "*groups choices"]:
+        """`load` of all choices, where nobody asks for those that a rule leaves out, the no-ops."""
+        left_out = self.scores.shape[-1] - load.shape[-1]
+        return jnp.pad(load, [(0, 0)] * (load.ndim - 1) + [(0, left_out)])
 
 
 class Selection(eqx.Module):
@@ -107,11 +107,6 @@ def first_come(
     return index.astype(jnp.int32).reshape(*queue.shape[:-1], slots)
 
 
-def count_asked(asked: Bool[Array, "*groups tokens choices"]) -> Int[Array, "*groups choices"]:
-    """Assignments asked for, per choice."""
-    return jnp.sum(asked, axis=-2, dtype=jnp.int32)
-
-
 def _take_best(
     scores: Float[Array, "*groups tokens experts"], request: Request
 ) -> Int[Array, "*groups experts slots"]:
@@ -126,11 +121,10 @@ def _take_best(
     return jnp.sort(index.astype(jnp.int32), axis=-1)
 
 
-def _held(
-    index: Int[Array, "*groups experts slots"], request: Request
-) -> Int[Array, "*groups experts"]:
-    """How many tokens each expert holds: its load where nothing is ever dropped."""
-    return jnp.sum(index < request.num_tokens, axis=-1, dtype=jnp.int32)
+def _full(index: Int[Array, "*groups experts slots"], request: Request) -> Selection:
+    """The selection of a rule that drops nothing: what an expert holds is what asked for it."""
+    held = jnp.sum(index < request.num_tokens, axis=-1, dtype=jnp.int32)
+    return Selection(index, request.without_noop(held))
 
 
 class ExpertChoice(AbstractSelector):
@@ -151,7 +145,7 @@ class ExpertChoice(AbstractSelector):
     def __call__(self, request: Request, *, key: PRNGKeyArray | None = None) -> Selection:
         del key
         index = _take_best(request.scores[..., : request.num_experts], request)
-        return Selection(index, request.without_noop(_held(index, request)))
+        return _full(index, request)
 
 
 class RandomChoice(AbstractSelector):
@@ -175,7 +169,7 @@ class RandomChoice(AbstractSelector):
             )
         shape = (*request.valid.shape, request.num_experts)
         index = _take_best(jax.random.normal(key, shape, jnp.float32), request)
-        return Selection(index, request.without_noop(_held(index, request)))
+        return _full(index, request)
 
 
 class Strided(AbstractSelector):
@@ -208,10 +202,33 @@ class Strided(AbstractSelector):
         previous = ((rank - 1) * request.slots + phase) // total
         asked = (step != previous) & request.valid[..., None]
         index = first_come(asked, request.slots)
-        return Selection(index, request.without_noop(_held(index, request)))
+        return _full(index, request)
 
 
-class TokenChoice(AbstractSelector):
+class AbstractTokenwise(AbstractSelector):
+    """Rules under which each token asks for itself and is served in time order.
+
+    A token's fate depends on itself and, where an expert is full, on earlier ones: causal, and the
+    kind of rule that can decode token by token. A user's own rule of this kind implements `asks`
+    and `share`.
+    """
+
+    looks_ahead: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def asks(self, request: Request) -> Bool[Array, "*groups tokens choices"]:
+        """Which choices each token asks for, given its own scores alone; padding is cleared later.
+        Choices behind the experts are no-ops; without them there may be fewer."""
+
+    def __call__(self, request: Request, *, key: PRNGKeyArray | None = None) -> Selection:
+        del key
+        asked = self.asks(request) & request.valid[..., None]
+        index = first_come(asked[..., : request.num_experts], request.slots)
+        load = jnp.sum(asked, axis=-2, dtype=jnp.int32)
+        return Selection(index, request.without_noop(load))
+
+
+class TokenChoice(AbstractTokenwise):
     """Each token takes its best `k` choices, experts or no-ops; an expert that is full drops.
 
     Tokens are served in time order (*token-major*): all choices of a token come before any of the
@@ -229,7 +246,6 @@ class TokenChoice(AbstractSelector):
     """
 
     k: int = eqx.field(static=True)
-    looks_ahead: ClassVar[bool] = False
 
     def __check_init__(self):
         if self.k < 1:
@@ -238,8 +254,7 @@ class TokenChoice(AbstractSelector):
     def share(self, fraction: Fraction) -> Fraction:
         return fraction
 
-    def __call__(self, request: Request, *, key: PRNGKeyArray | None = None) -> Selection:
-        del key
+    def asks(self, request: Request) -> Bool[Array, "*groups tokens choices"]:
         choices = request.scores.shape[-1]
         if self.k > choices:
             raise ValueError(
@@ -248,9 +263,7 @@ class TokenChoice(AbstractSelector):
             )
         best, chosen = jax.lax.top_k(jax.lax.stop_gradient(request.scores), self.k)
         wanted = jax.nn.one_hot(chosen, choices, dtype=bool) & (best > -jnp.inf)[..., None]
-        asked = jnp.any(wanted, axis=-2) & request.valid[..., None]
-        index = first_come(asked[..., : request.num_experts], request.slots)
-        return Selection(index, count_asked(asked))
+        return jnp.any(wanted, axis=-2)
 
 
 class Replay(AbstractSelector):

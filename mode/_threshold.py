@@ -2,14 +2,13 @@
 
 import abc
 from fractions import Fraction
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from ._capacity import Share, exact_fraction, is_finite
-from ._select import AbstractSelector, Request, Selection, check_instance, count_asked, first_come
+from ._select import AbstractTokenwise, Request, check_instance
 
 
 class AbstractRule(eqx.Module):
@@ -61,7 +60,7 @@ class ByQuantile(AbstractRule):
         return scores - jnp.expand_dims(request.threshold, range(scores.ndim - 1))
 
 
-class Threshold(AbstractSelector):
+class Threshold(AbstractTokenwise):
     """Take every token whose margin is above 0, first come first served up to a static limit.
 
     Causal: a token's fate depends on itself and, where the limit is reached, on earlier ones.
@@ -78,7 +77,6 @@ class Threshold(AbstractSelector):
 
     by: AbstractRule = ByQuantile()
     limit: Share | None = eqx.field(static=True, default=1.0)
-    looks_ahead: ClassVar[bool] = False
 
     def __check_init__(self):
         check_instance("by", self.by, AbstractRule, "ByQuantile()")
@@ -91,8 +89,5 @@ class Threshold(AbstractSelector):
     def share(self, fraction: Fraction) -> Fraction:
         return fraction if self.limit is None else exact_fraction("limit", self.limit)
 
-    def __call__(self, request: Request, *, key: PRNGKeyArray | None = None) -> Selection:
-        del key
-        asked = (self.by(request) > 0) & request.valid[..., None]
-        index = first_come(asked, request.slots)
-        return Selection(index, request.without_noop(count_asked(asked)))
+    def asks(self, request: Request) -> Bool[Array, "*groups tokens experts"]:
+        return self.by(request) > 0
