@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 from fractions import Fraction
 
 
@@ -11,6 +12,22 @@ Share = int | float | Fraction
 def is_finite(value: object) -> bool:
     """Whether `value` is a finite real number: not a string, not an array, not NaN."""
     return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """`value` as a Python integer, refused where it is not one of at least `least`.
+
+    **Raises:** `ValueError`, naming `name`.
+    """
+    try:
+        count = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}, got {value!r}."
+        ) from None
+    if count < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    return count
 
 
 def exact_fraction(name: str, value: Share) -> Fraction:
@@ -65,9 +82,8 @@ def token_capacity(num_tokens: int, fraction: Share, *, multiple_of: int = 1) ->
     *Source:* the capacity $C$ of arXiv:2404.02258, sections 3.1 and 3.4 and $k = n c / e$ of
     arXiv:2202.09368, section 3. *Relative to the papers:* neither gives a rounding rule.
     """
-    for name, value in (("num_tokens", num_tokens), ("multiple_of", multiple_of)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    num_tokens = check_count("num_tokens", num_tokens, 1)
+    multiple_of = check_count("multiple_of", multiple_of, 1)
     budget = math.floor(num_tokens * exact_fraction("fraction", fraction))
     aligned = -(-budget // multiple_of) * multiple_of
     return min(num_tokens, max(1, aligned))

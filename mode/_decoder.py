@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ._block import AbstractLayer, Layer, Residual, Routings
-from ._capacity import Share
+from ._capacity import Share, check_count
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
 from ._info import TokenInfo, resolve_info
@@ -108,8 +108,7 @@ class Transformer(eqx.Module):
         key: PRNGKeyArray,
     ):
         for name, value in (("vocab", vocab), ("dim", dim), ("layers", len(layers))):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            check_count(name, value, 1)
         embedding_key, head_key, *layer_keys = jax.random.split(key, 2 + len(layers))
         # Scaled up by sqrt(dim) on the way in, so that tied logits start with unit variance.
         self.embedding = dim**-0.5 * jax.random.normal(embedding_key, (vocab, dim), jnp.float32)
@@ -219,8 +218,7 @@ def every_other(
     paper:* it does not say whether the first block is routed; here it is dense.
     """
     for name, value, least in (("depth", depth, 1), ("every", every, 1), ("offset", offset, 0)):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        check_count(name, value, least)
     return [
         routed if place >= offset and (place - offset) % every == 0 else dense
         for place in range(depth)
@@ -291,7 +289,7 @@ def mod_decoder(
     makers = every_other(dense, routed(1.0), depth, every=every, offset=offset)
     places = [place for place, make in enumerate(makers) if make is not dense]
     count = len(places)
-    schedule = [capacity] * count if isinstance(capacity, Share) else list(capacity)
+    schedule = list(capacity) if isinstance(capacity, Sequence) else [capacity] * count
     if len(schedule) != count:
         raise ValueError(
             f"`capacity` must have one number per routed layer, {count}, got {len(schedule)}."

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._adapt import map_rows, takes_key
 from ._block import Routings, can_be_called, check_kept_shape, type_name
-from ._capacity import Share, exact_fraction
+from ._capacity import Share, check_count, exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
@@ -88,13 +88,9 @@ class MixtureOfExperts(eqx.Module):
         router_std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
-        for name, value, least in (
-            ("num_experts", num_experts, 1),
-            ("num_noop", num_noop, 0),
-            ("num_shared", num_shared, 0),
-        ):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        num_experts = check_count("num_experts", num_experts, 1)
+        num_noop = check_count("num_noop", num_noop, 0)
+        num_shared = check_count("num_shared", num_shared, 0)
         _check_make_expert(make_expert, dim)
         router_key, expert_key, shared_key = jax.random.split(key, 3)
         make_experts = eqx.filter_vmap(make_expert)

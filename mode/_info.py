@@ -76,7 +76,7 @@ def check_hidden(x: Float[Array, "*groups tokens dim"], dim: int | None = None) 
             f"`x` must have the axes [*groups, tokens, dim], got shape {x.shape}. "
             "One sequence is [tokens, dim]; a batch of them is [batch, tokens, dim]."
         )
-    if x.shape[-2] < 1:
+    if 0 in x.shape[:-1]:
         raise ValueError(f"`x` must hold at least one token, got shape {x.shape}.")
     if dim is not None and x.shape[-1] != dim:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from ._block import Residual
-from ._capacity import Share
+from ._capacity import Share, check_count
 from ._depth import MixtureOfDepths
 from ._experts import MakeExpert, MixtureOfExperts
 from ._gate import AbstractGate, Raw
@@ -105,6 +105,8 @@ def integrated_mode(
     no-ops nor the way of choosing; see `TokenChoice` and `ExpertChoice` for what a no-op is to
     each.
     """
+    num_experts = check_count("num_experts", num_experts, 1)
+    num_noop = check_count("num_noop", num_noop, 0)
     if capacity_factor is None:
         capacity_factor = Fraction(num_experts, num_experts + num_noop)
     expert_key, block_key = jax.random.split(key)
@@ -153,6 +155,8 @@ def reduced_capacity_moe(
 
     *Source:* arXiv:2404.02258, section 4.3.
     """
+    num_experts = check_count("num_experts", num_experts, 1)
+    num_noop = check_count("num_noop", num_noop, 0)
     return integrated_mode(
         make_expert,
         dim,

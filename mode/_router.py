@@ -100,6 +100,11 @@ class Router(eqx.Module):
         check_instance("select", select, AbstractSelector, "ExpertChoice()")
         check_instance("gate", gate, AbstractGate, "Sigmoid()")
         _check_gradient(select, gate)
+        if predictor is not None and not callable(predictor):
+            raise ValueError(
+                "`predictor` must map hidden states to one logit per expert, such as "
+                f"`Predictor(dim, key=key)`, or be None, got {predictor!r}."
+            )
         self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)
         self.select = select
         self.gate = gate

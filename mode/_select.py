@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ._capacity import check_count
 from ._routing import Routing
 
 
@@ -67,9 +68,9 @@ class Selection(eqx.Module):
 class AbstractSelector(eqx.Module):
     """A rule that assigns tokens to slots.
 
-    A user's own rule implements `__call__`; `share` only where it needs another number of slots.
-    `looks_ahead` says whether a token's fate depends on the content of later tokens: `causal`
-    replaces exactly the rules that do.
+    A user's own rule implements `__call__`, `share`, which returns its argument unless the rule
+    needs another number of slots, and says `looks_ahead`: whether a token's fate depends on the
+    content of later tokens. `causal` replaces exactly the rules under which it does.
     """
 
     looks_ahead: ClassVar[bool]
@@ -248,8 +249,7 @@ class TokenChoice(AbstractTokenwise):
     k: int = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.k < 1:
-            raise ValueError(f"`k` of `TokenChoice` must be at least 1, got {self.k}.")
+        check_count("k` of `TokenChoice", self.k, 1)
 
     def share(self, fraction: Fraction) -> Fraction:
         return fraction

@@ -184,4 +184,6 @@ def _quantile(
         return jax.lax.dynamic_index_in_dim(falling, place, axis=0, keepdims=False)
 
     middle = (nth(count - 1) + nth(count)) / 2
-    return jnp.where(count < total, middle, jnp.finfo(jnp.float32).min)
+    return jnp.where(
+        count < total, middle, jnp.float32(jnp.finfo(jnp.float32).min).astype(middle.dtype)
+    )

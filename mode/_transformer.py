@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._adapt import PositionWise
 from ._attention import Attend, causal_attention, rope
 from ._block import Block, Routings, check_block, run_block
-from ._info import TokenInfo, check_hidden
+from ._capacity import check_count
+from ._info import TokenInfo, check_hidden, resolve_info
 from ._linear import Linear, RMSNorm, SwiGLU
 
 
@@ -69,6 +70,8 @@ class Attention(eqx.Module):
     ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
         """`x`: `[*groups, tokens, dim]`. Returns the update, and no routings."""
         del key
+        check_hidden(x, self.qkv.weight.shape[0])
+        info = resolve_info(x, info)
         with jax.named_scope("mode.Attention"):
             rows = x.reshape(-1, *x.shape[-2:])
             positions = info.positions.reshape(rows.shape[:-1])
@@ -81,9 +84,8 @@ class Attention(eqx.Module):
 
 
 def _check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    check_count("num_heads", num_heads, 1)
+    check_count("num_kv_heads", num_kv_heads, 1)
     if dim % num_heads or (dim // num_heads) % 2:
         raise ValueError(
             f"`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, got "

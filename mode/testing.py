@@ -58,6 +58,14 @@ def _run(model: Model, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routin
     return model(x, key=key)
 
 
+def _pairs(model: Model, routings: tuple[Routing, ...]) -> list[tuple[Router, Routing]]:
+    """Each router with its routing; both are in the order of the model."""
+    found = routers(model)
+    if len(found) != len(routings):
+        raise AssertionError(f"{len(found)} routers, but {len(routings)} routings were returned.")
+    return list(zip(found, routings, strict=True))
+
+
 def assert_static_shapes(
     model: Model,
     *,
@@ -88,11 +96,7 @@ def assert_static_shapes(
             chex.assert_type(hidden, like.dtype)
         else:
             chex.assert_shape(hidden, (*like.shape, vocab))
-        if len(routings) != len(routers(model)):
-            raise AssertionError(
-                f"{len(routers(model))} routers, but {len(routings)} routings were returned."
-            )
-        for router, routing in zip(routers(model), routings, strict=True):
+        for router, routing in _pairs(model, routings):
             _check_routing_shapes(router, routing, groups)
 
 
@@ -159,7 +163,7 @@ def assert_exact_capacity(
     """
     x = _inputs(_abstract(groups, tokens, dim, vocab, dtype), vocab, _key(key))
     _, routings = _run(model, x, _key(key))
-    for router, routing in zip(routers(model), routings, strict=True):
+    for router, routing in _pairs(model, routings):
         slots = token_capacity(routing.num_tokens, router.fraction)
         if routing.index.shape[-1] != slots:
             raise AssertionError(

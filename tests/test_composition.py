@@ -1,12 +1,14 @@
 """What users put together: their own modules fit in, and what cannot fit says why."""
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 import mode
@@ -177,6 +179,30 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.Threshold(limit="1"),
         r"`limit` of `Threshold` must be in \(0, 1\] or None, got '1'",
     ),
+    "a predictor that is none": (
+        lambda: mod(block(), predictor=True),
+        r"`predictor` must map hidden states .* or be None, got True",
+    ),
+    "half an expert": (
+        lambda: mode.MixtureOfExperts(expert, DIM, 2.5, key=KEY),
+        r"`num_experts` must be an integer of at least 1, got 2\.5",
+    ),
+    "no-ops that cancel the experts": (
+        lambda: mode.integrated_mode(expert, DIM, 2, 2, -2, key=KEY),
+        r"`num_noop` must be at least 0, got -2",
+    ),
+    "a schedule in an array": (
+        lambda: mode.mod_decoder(VOCAB, DIM, 4, 2, capacity=np.array([0.5, 0.25]), key=KEY),
+        r"`capacity` must be above 0 and at most 1, got array\(\[0\.5",
+    ),
+    "a block called with info of other tokens": (
+        lambda: block()(x(), mode.TokenInfo.plain((2, TOKENS - 1))),
+        r"`info` must have the shape .*\(2, 32\), got \(2, 31\)",
+    ),
+    "an empty batch": (
+        lambda: mod(block())(x()[:0]),
+        r"`x` must hold at least one token, got shape \(0, 32, 16\)",
+    ),
     "a routing in place of the tuple": (
         lambda: mode.update_state(mod(block()), mod(block())(x())[1][0]),
         r"`routings` must be the tuple .* got a single Routing\. Pass `\(routing,\)`",
@@ -228,6 +254,15 @@ def test_a_module_with_dropout_gets_keys(make: Callable[[], Any]) -> None:
     assert (first[0] != first[1]).any()
     with pytest.raises((RuntimeError, ValueError), match="key"):
         layer(x())
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), Fraction(1, 4)])
+def test_numbers_of_any_kind_are_shares(number: Any) -> None:
+    """NumPy's too, in the precision they were written in; the count is a Python integer."""
+    model = mode.mod_decoder(VOCAB, DIM, 2, 2, capacity=number, key=KEY)
+    assert mode.routers(model)[0].fraction == Fraction(1, 4)
+    assert mode.token_capacity(np.int64(1000), np.float32(0.7)) == 700
+    assert type(mode.token_capacity(np.int64(1000), number)) is int
 
 
 def test_a_block_of_a_wider_dtype_keeps_the_stream_s() -> None:

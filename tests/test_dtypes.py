@@ -64,7 +64,9 @@ def test_double_precision(case: Case) -> None:
     x = inputs()
     wide, _ = run(build(case), x)
     with jax.enable_x64(True):
-        out, _ = check(case, x.astype(jnp.float64), jnp.dtype("float64"))
+        out, routings = check(case, x.astype(jnp.float64), jnp.dtype("float64"))
+        moved = mode.update_state(build(case), routings)  # its own numbers stay float32
+        assert all(router.state.threshold.dtype == jnp.float32 for router in mode.routers(moved))
         assert_close(np.asarray(out, np.float32), np.asarray(wide), scale=10)
         assert np.any(np.asarray(out) != np.asarray(out).astype(np.float32))
 
