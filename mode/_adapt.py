@@ -38,8 +38,9 @@ class Delta(eqx.Module):
     The module maps one sequence, `[tokens, dim]`, to one of the same shape, as Equinox modules do;
     it is mapped over the groups, and given a key where it has a parameter `key`. It is told neither
     positions nor segments: it sees the tokens it is given, in time order, empty slots as zeros at
-    the end. A module that needs more, or packed documents, is better written as a block. In
-    bfloat16 the difference loses digits that a block which returns its update keeps.
+    the end (so a norm in it needs its epsilon: the gradient of a bare one at 0 is NaN). A module
+    that needs more, or packed documents, is better written as a block. In bfloat16 the difference
+    loses digits that a block which returns its update keeps.
 
     **Arguments:**
 

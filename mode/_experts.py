@@ -138,8 +138,8 @@ class MixtureOfExperts(eqx.Module):
             return update, (routing,)
 
     def _check_slots(self, num_tokens: int) -> None:
-        slots = num_tokens * self.router.select.share(self.router.fraction)
-        if slots < 1:
+        slots = num_tokens * self.router.fraction
+        if slots < 1 and self.router.select.share(self.router.fraction) == self.router.fraction:
             factor = self.router.fraction * self.router.num_experts
             raise ValueError(
                 "`capacity_factor` must leave every expert at least one whole slot: tokens * "

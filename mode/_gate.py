@@ -22,7 +22,8 @@ class AbstractGate(eqx.Module):
     def scores(
         self, logits: Float[Array, "*groups tokens choices"]
     ) -> Float[Array, "*groups tokens choices"]:
-        """What selectors compare. Never saturates: two tokens differ wherever their logits do."""
+        """What selectors compare. Does not saturate where the weights do: two tokens differ as long
+        as the exponential of what separates a choice from the others is a number above 0."""
 
     @abc.abstractmethod
     def __call__(
@@ -102,7 +103,12 @@ class Softmax(AbstractGate):
         # A bias of plus infinity leaves the other choices no chance: minus infinity, not NaN.
         top = jnp.max(logits, axis=-1, keepdims=True)
         shifted = jnp.where(logits == top, 0, logits - top)
-        return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+        # The best choice is the 1 of log1p: added to the others, it would swallow them at a gap of
+        # 17, and all tokens beyond would tie.
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        places = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(logits.ndim - 1))
+        others = jnp.where(places == best, 0, jnp.exp(shifted))
+        return shifted - jnp.log1p(jnp.sum(others, axis=-1, keepdims=True))
 
     def __call__(
         self,

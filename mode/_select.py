@@ -303,7 +303,7 @@ class Replay(AbstractSelector):
                 "shape it is replayed on."
             )
         # Padding is never selected, not even where the record was made of a longer text.
-        seat = jnp.minimum(self.index, request.num_tokens - 1)
-        real = jnp.take_along_axis(request.valid[..., None, :], seat, axis=-1)
+        seat = jnp.clip(self.index, 0, request.num_tokens - 1)
+        real = jnp.take_along_axis(request.valid[..., None, :], seat, axis=-1) & (self.index >= 0)
         index = jnp.sort(jnp.where(real, self.index, request.num_tokens), axis=-1)
         return Selection(index, self.load)

@@ -6,6 +6,7 @@ optimizer touches. `trainable` says which leaves an optimizer may have; `update_
 the others, after a step and from what the step saw, never during it.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -113,8 +114,8 @@ def update_state(
     model: PyTree,
     routings: Routings,
     *,
-    quantile_rate: float = 0.03,
-    bias_rate: float = 0.001,
+    quantile_rate: float | Float[Array, ""] = 0.03,
+    bias_rate: float | Float[Array, ""] = 0.001,
 ) -> PyTree:
     """Move the state of every router by what one training step saw. Pure: returns a new model.
 
@@ -138,26 +139,27 @@ def update_state(
     balanced like the others.
     """
     for name, rate in (("quantile_rate", quantile_rate), ("bias_rate", bias_rate)):
-        if not 0 <= rate <= 1:
+        if isinstance(rate, numbers.Real) and not 0 <= rate <= 1:  # a schedule's is not known yet
             raise ValueError(f"`{name}` must be between 0 and 1, got {rate}.")
 
     def moved(router: Router, routing: Routing) -> RouterState:
-        state = router.state
         seen = jax.lax.stop_gradient(routing)
-        target = _quantile(
-            router.scores(seen.logits)[..., : router.num_experts],
-            seen.valid,
-            float(router.fraction),
-        ).astype(state.threshold.dtype)
+        state = router.state
+        old, bias = (part.astype(jnp.float32) for part in (state.threshold, state.bias))
+        scores = router.scores(seen.logits)[..., : router.num_experts].astype(jnp.float32)
+        target = _quantile(scores, seen.valid, float(router.fraction))
         rate = jnp.maximum(quantile_rate, 1 / (state.updates.astype(jnp.float32) + 1))
-        threshold = state.threshold + rate * (target - state.threshold)
-        bias = state.bias
+        # Scores are infinite under an infinite bias: there is nothing to learn from them.
+        known = jnp.any(seen.valid) & jnp.isfinite(target)
+        threshold = jnp.where(known, old + rate * (target - old), old)
         if isinstance(router.select, TokenChoice):
-            load = jnp.sum(seen.load.reshape(-1, bias.shape[-1]), axis=0).astype(bias.dtype)
+            load = jnp.sum(seen.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
             bias = bias + bias_rate * jnp.sign(jnp.mean(load) - load)
-        real = jnp.any(seen.valid)
-        updates = state.updates + real.astype(state.updates.dtype)
-        return RouterState(bias, jnp.where(real, threshold, state.threshold), updates)
+        return RouterState(
+            bias.astype(state.bias.dtype),
+            threshold.astype(state.threshold.dtype),
+            state.updates + jnp.any(known).astype(state.updates.dtype),
+        )
 
     states = iter(for_each_router(moved, model, routings))
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
@@ -170,9 +172,12 @@ def _quantile(
 ) -> Float[Array, " experts"]:
     """The score that separates each expert's best `fraction` of the real tokens from the rest.
 
-    Half way between the k-th and the next: the tokens above it are exactly the k best. Where every
-    token is among the best nothing separates, and the lowest number lets all pass.
+    Half way between the k-th and the next: the tokens above it are exactly the k best. A share of
+    all is separated from nothing, and the lowest number lets every token pass; of a smaller share
+    that a few tokens round up to all, the lowest of them stands for the quantile.
     """
+    if fraction >= 1:
+        return jnp.full(scores.shape[-1], jnp.finfo(jnp.float32).min)
     num_experts = scores.shape[-1]
     eligible = jnp.where(valid[..., None], scores, -jnp.inf).reshape(-1, num_experts)
     falling = jnp.sort(eligible, axis=0, descending=True)
@@ -183,7 +188,5 @@ def _quantile(
     def nth(place: Int[Array, ""]) -> Float[Array, " experts"]:
         return jax.lax.dynamic_index_in_dim(falling, place, axis=0, keepdims=False)
 
-    middle = (nth(count - 1) + nth(count)) / 2
-    return jnp.where(
-        count < total, middle, jnp.float32(jnp.finfo(jnp.float32).min).astype(middle.dtype)
-    )
+    last = nth(count - 1)
+    return jnp.where(count < total, (last + nth(count)) / 2, last)

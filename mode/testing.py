@@ -163,7 +163,10 @@ def assert_exact_capacity(
     """
     x = _inputs(_abstract(groups, tokens, dim, vocab, dtype), vocab, _key(key))
     _, routings = _run(model, x, _key(key))
-    for router, routing in _pairs(model, routings):
+    pairs = _pairs(model, routings)
+    if not pairs:
+        raise AssertionError("the model has no router: there is nothing to check.")
+    for router, routing in pairs:
         slots = token_capacity(routing.num_tokens, router.fraction)
         if routing.index.shape[-1] != slots:
             raise AssertionError(
@@ -288,6 +291,8 @@ def assert_router_gradients(
         hidden, _ = eqx.combine(parameters, rest)(x, key=_key(key))
         return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
 
+    if not routers(model):
+        raise AssertionError("the model has no router: there is nothing to check.")
     gradients = gradient(parameters)
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)):
         raise AssertionError("a gradient is not finite.")

@@ -233,3 +233,12 @@ def test_the_selection_bias_and_the_threshold_get_no_gradient():
     gradient = run(loss, layer, hidden_states(16, 12, 8))
     assert not np.asarray(gradient.router.state.bias).any()
     assert not np.asarray(gradient.router.state.threshold).any()
+
+
+def test_experts_tell_confident_tokens_apart():
+    """Probabilities that round to 1 still compete by their logits, up to a gap of 80."""
+    logits = jnp.array([[20.0, 0.0], [30.0, 0.0], [25.0, 0.0], [80.0, 0.0]])
+    scores = mode.Softmax().scores(logits)[:, 0]
+    assert jnp.argsort(scores).tolist() == [0, 2, 1, 3]
+    exact = -np.log1p(np.exp(-np.array([20.0, 30.0, 25.0, 80.0])))
+    np.testing.assert_allclose(scores, exact, rtol=1e-5)

@@ -83,7 +83,7 @@ def running_quantile(
 
     The idea of Expert Threshold routing (arXiv:2603.11535). The valid tokens of all groups are
     pooled; `old` is `[experts]`, `scores` `[..., tokens, experts]`, `count` the earlier updates.
-    A batch without a valid token changes nothing.
+    A batch without a valid token changes nothing, nor does an infinite score at the cut.
     """
     pooled = as_float64(scores)[valid]
     n = len(pooled)
@@ -93,10 +93,14 @@ def running_quantile(
     k = max(1, min(n, round(simplest_fraction(fraction) * n)))
     for expert in range(len(new)):
         best_first = sorted(pooled[:, expert], reverse=True)
-        # A threshold that everyone passes, finite so that averaging it makes no NaN.
-        value = float(np.finfo(np.float32).min)
-        if k < n:
+        if fraction >= 1:  # a threshold that everyone passes, finite so that averages are
+            value = float(np.finfo(np.float32).min)
+        elif k < n:
             value = (best_first[k - 1] + best_first[k]) / 2
+        else:
+            value = best_first[-1]
+        if not np.isfinite(value):
+            continue
         new[expert] += max(rate, 1 / (count + 1)) * (value - new[expert])
     return new
 
