@@ -23,7 +23,11 @@ from ._attention import (
     plain_attention as plain_attention,
     rope as rope,
 )
-from ._block import AbstractLayer as AbstractLayer, Residual as Residual
+from ._block import (
+    AbstractBlock as AbstractBlock,
+    AbstractLayer as AbstractLayer,
+    Residual as Residual,
+)
 from ._capacity import token_capacity as token_capacity
 from ._causal import causal as causal, causal_membership as causal_membership
 from ._decoder import (

@@ -3,11 +3,17 @@
 import inspect
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._block import AbstractLayer, Routings, can_be_called, check_kept_shape, type_name
+from ._block import (
+    AbstractBlock,
+    AbstractLayer,
+    Routings,
+    can_be_called,
+    check_kept_shape,
+    type_name,
+)
 from ._info import TokenInfo
 from ._precision import cast_parameters
 
@@ -32,7 +38,7 @@ def map_rows(
     return jax.vmap(lambda row, key: function(row, key=key))(rows, keys)
 
 
-class Delta(eqx.Module):
+class Delta(AbstractBlock):
     """Makes a block of a module that has its own skip connection: $f(X) = M(X) - X$.
 
     The module maps one sequence, `[tokens, dim]`, to one of the same shape, as Equinox modules do;
@@ -81,7 +87,7 @@ class Delta(eqx.Module):
         return hidden.reshape(x.shape) - x, ()
 
 
-class PositionWise(eqx.Module):
+class PositionWise(AbstractBlock):
     """Makes a block of a function of one token: `[dim] -> [dim]`, such as `eqx.nn.MLP`.
 
     **Arguments:**

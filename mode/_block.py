@@ -40,6 +40,37 @@ class AbstractLayer(eqx.Module):
         """`x`: `[*groups, tokens, dim]`. Returns hidden states of that shape and the routings."""
 
 
+class AbstractBlock(eqx.Module):
+    """What returns the update alone. The name lets a block be refused where a layer is meant: the
+    model would have no residual stream, and no shape would tell."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
+        """`x`: `[*groups, tokens, dim]`. Returns an update of that shape and the routings."""
+
+
+def check_layer(name: str, layer: object) -> None:
+    """Refuse, where a model is built, what cannot be one of its layers."""
+    if isinstance(layer, AbstractBlock):
+        raise ValueError(
+            f"`{name}` must build layers, which return hidden states, got a block, "
+            f"`{type(layer).__name__}`, which returns the update alone. Make a layer of it by "
+            "`Residual(block)` or `MixtureOfDepths(block, dim, key=key)`."
+        )
+    if isinstance(layer, type) or not can_be_called(layer, None, None, key=None):
+        raise ValueError(
+            f"`{name}` must build layers, called as `layer(x, info, key=key)` and returning "
+            f"(hidden, routings), got {type_name(layer)}. `Residual` and `MixtureOfDepths` make "
+            "layers of blocks."
+        )
+
+
 def check_block(name: str, block: object) -> None:
     """Refuse, where a layer is built, what cannot be its block."""
     if isinstance(block, AbstractLayer):

@@ -25,12 +25,17 @@ def causal(model: PyTree, *, by: AbstractRule | None = None, limit: Share | None
     `RandomChoice`, `Strided` and `Replay`, are causal as they are. A `Threshold` that stands there
     already is replaced too. Parameters and router state are shared with `model`.
 
+    Content is one thing, length another: under `TokenChoice`, `Strided`, or a `limit` below 1 the
+    slots are a share of the *whole* length, so a prefix alone may be routed otherwise than inside a
+    longer sequence. Compare at one length, padded at the end.
+
     **Arguments:**
 
     - `model`: any tree with routers in it: a layer, a model, a training state.
     - `by`: the rule of membership; by default the predictor of a router that has one, the running
         quantile of any other. A quantile that `update_state` never moved is 0 and lets about half
-        of the tokens pass; one call, `update_state(model, model(tokens)[1])`, calibrates it.
+        of the tokens pass; one call, `update_state(model, model(tokens)[1])`, calibrates it. An
+        untrained predictor guesses as well as it can.
     - `limit`: slots as a share of the tokens; `1.0` takes every token that asks, and `None` is each
         router's own capacity: the form in which the *training* forward runs under the threshold
         at the cost it had under top-k. Call it inside the loss for that: an optimizer's state has

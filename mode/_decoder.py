@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from ._block import AbstractLayer, Layer, Residual, Routings
+from ._block import (
+    AbstractBlock,
+    AbstractLayer,
+    Layer,
+    Residual,
+    Routings,
+    can_be_called,
+    check_layer,
+    type_name,
+)
 from ._capacity import Share, check_count
 from ._depth import MixtureOfDepths
 from ._gate import AbstractGate, Raw
@@ -80,7 +89,7 @@ class Transformer(eqx.Module):
     - `dtype`: of the activations, such as `jnp.bfloat16`.
     - `remat`: recompute activations in the backward pass, one period of layers at a time.
 
-    **Raises:** `ValueError` for no layers, or sizes below 1.
+    **Raises:** `ValueError` for no layers, sizes below 1, or what builds no layer.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> dense = lambda key: mode.Residual(mode.TransformerBlock(32, 4, key=key))
@@ -113,7 +122,7 @@ class Transformer(eqx.Module):
         # Scaled up by sqrt(dim) on the way in, so that tied logits start with unit variance.
         self.embedding = dim**-0.5 * jax.random.normal(embedding_key, (vocab, dim), jnp.float32)
         self.stacks = _stacked(
-            [make(key) for make, key in zip(layers, layer_keys, strict=True)], remat
+            [_make_layer(make, key) for make, key in zip(layers, layer_keys, strict=True)], remat
         )
         self.norm = RMSNorm(dim)
         self.head = None if tied else Linear(dim, vocab, key=head_key)
@@ -158,6 +167,17 @@ class Transformer(eqx.Module):
             x = self.norm(x)
             logits = project(x, self.embedding.T) if self.head is None else self.head(x)
             return logits.astype(float32_or_wider(x.dtype)), routings
+
+
+def _make_layer(make: MakeLayer, key: PRNGKeyArray) -> Layer:
+    if isinstance(make, AbstractLayer | AbstractBlock) or not can_be_called(make, key):
+        raise ValueError(
+            "`layers` must be functions, each of which builds a layer from a key, got "
+            f"{type_name(make)}. Write `lambda key: Residual(TransformerBlock(..., key=key))`."
+        )
+    layer = make(key)
+    check_layer("layers", layer)
+    return layer
 
 
 def _stacked(layers: list[Layer], remat: bool) -> tuple[Stack, ...]:

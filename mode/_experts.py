@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._adapt import map_rows, takes_key
-from ._block import Routings, can_be_called, check_kept_shape, type_name
+from ._block import AbstractBlock, Routings, can_be_called, check_kept_shape, type_name
 from ._capacity import Share, check_count, exact_fraction
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
@@ -23,7 +23,7 @@ Expert = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
 MakeExpert = Callable[[PRNGKeyArray], Expert]
 
 
-class MixtureOfExperts(eqx.Module):
+class MixtureOfExperts(AbstractBlock):
     """A block whose tokens are spread over experts: $\\sum_e w_{ie} f_e(x_i)$ over those that
     took token $i$, and 0 for a token that none took.
 

@@ -93,6 +93,11 @@ def resolve_info(x: Shaped[Array, "*groups tokens features"], info: TokenInfo | 
     """`info`, checked against `x`; plain sequences where the caller left it out."""
     if info is None:
         return TokenInfo.plain(x.shape[:-1])
+    if not isinstance(info, TokenInfo):
+        raise ValueError(
+            f"`info` must be a `TokenInfo`, got {type(info).__name__}. `TokenInfo.packed` makes "
+            "one of the segment ids of packed documents."
+        )
     if info.positions.shape != x.shape[:-1]:
         raise ValueError(
             f"`info` must have the shape of `x` without its last axis, {x.shape[:-1]}, got "

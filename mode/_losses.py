@@ -1,5 +1,7 @@
 """Losses on routings: pure functions of the record. Their coefficients belong to the training
-script, and each is a mean, so that they do not grow with the number of layers, groups or tokens."""
+script, and each is a mean, so that they do not grow with the number of layers, groups or tokens.
+Layers that are scanned over share one routing, stacked: its loss is their mean too. Of a model's
+routings take the mean, weighted by `routing.index.shape[0]` where stacks differ in depth."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def router_bce(routing: Routing, *, stop_trunk: bool = False) -> Float[Array, ""
 
     **Arguments:**
 
-    - `routing`: recorded under top-k.
+    - `routing`: recorded under top-k; under a `Threshold` the target would be its own answer.
     - `stop_trunk`: whether the gradient stops at the hidden states and moves the router alone.
 
     *Source:* the first method of arXiv:2404.02258, section 3.5. The paper gives no coefficient.
@@ -67,6 +69,8 @@ def router_bce(routing: Routing, *, stop_trunk: bool = False) -> Float[Array, ""
 
 def predictor_bce(routing: Routing) -> Float[Array, ""]:
     """Teaches the predictor whether top-k took the token. No gradient leaves the predictor.
+
+    `routing` is recorded under top-k: under a `Threshold` the target would be its own answer.
 
     **Raises:** `ValueError` for the routing of a router without a predictor.
 

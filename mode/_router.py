@@ -14,7 +14,7 @@ from ._info import TokenInfo
 from ._linear import Linear
 from ._precision import float32_or_wider
 from ._routing import RouterState, Routing, selected_mask
-from ._select import AbstractSelector, Request, TokenChoice, check_instance
+from ._select import AbstractSelector, Request, Selection, TokenChoice, check_instance
 
 
 # A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of
@@ -100,7 +100,7 @@ class Router(eqx.Module):
         check_instance("select", select, AbstractSelector, "ExpertChoice()")
         check_instance("gate", gate, AbstractGate, "Sigmoid()")
         _check_gradient(select, gate)
-        if predictor is not None and not callable(predictor):
+        if isinstance(predictor, type) or not (predictor is None or callable(predictor)):
             raise ValueError(
                 "`predictor` must map hidden states to one logit per expert, such as "
                 f"`Predictor(dim, key=key)`, or be None, got {predictor!r}."
@@ -152,7 +152,14 @@ class Router(eqx.Module):
                 slots=token_capacity(num_tokens, self.select.share(self.fraction)),
             )
             chosen = self.select(request, key=key)
+            _check_selection(self.select, chosen, request)
             weights = self.gate(logits, selected_mask(chosen.index, num_tokens))
+            if weights.shape != (*x.shape[:-1], self.num_experts):
+                raise ValueError(
+                    f"`gate`, {type(self.gate).__name__}, must return one weight per token and "
+                    f"expert, {(*x.shape[:-1], self.num_experts)}, without the no-ops, got "
+                    f"{weights.shape}. Cut the logits to `selected.shape[-1]` experts."
+                )
             # Clipped for the gather alone; `where`, not a product, clears the empty slots.
             seat = jnp.minimum(chosen.index, num_tokens - 1)
             weight = jnp.take_along_axis(jnp.swapaxes(weights, -1, -2), seat, axis=-1)
@@ -173,6 +180,24 @@ def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
             "`gate=SelectedSoftmax()` with `select=TokenChoice(1)` gives every weight the value 1 "
             "and the router no gradient. Use `gate=Softmax()`, or `TokenChoice(k)` with k of at "
             "least 2."
+        )
+
+
+def _check_selection(select: AbstractSelector, chosen: object, request: Request) -> None:
+    groups = request.valid.shape[:-1]
+    rows = (*groups, request.num_experts)
+    load = (*groups, request.scores.shape[-1])
+    if not isinstance(chosen, Selection):
+        raise ValueError(
+            f"`select`, {type(select).__name__}, must return a `Selection(index, load)`, got "
+            f"{type(chosen).__name__}."
+        )
+    if (chosen.index.shape[:-1], chosen.load.shape) != (rows, load):
+        raise ValueError(
+            f"`select`, {type(select).__name__}, must return an index of shape [*groups, experts, "
+            f"slots] = {(*rows, request.slots)} and a load of shape [*groups, choices] = {load}, "
+            f"got {chosen.index.shape} and {chosen.load.shape}. `first_come` makes such an index, "
+            "`request.without_noop` such a load."
         )
 
 

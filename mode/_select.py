@@ -33,6 +33,7 @@ class Request(eqx.Module):
     - `threshold`: `[experts]`, the router's running quantile of its scores.
     - `valid`: `[*groups, tokens]`, false for padding.
     - `slots`: slots of each expert, a Python integer.
+    - `num_experts`, `num_tokens`: experts that compute, and tokens in a group.
     """
 
     scores: Float[Array, "*groups tokens choices"]

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._adapt import PositionWise
 from ._attention import Attend, causal_attention, rope
-from ._block import Block, Routings, check_block, run_block
+from ._block import AbstractBlock, Block, Routings, check_block, run_block
 from ._capacity import check_count
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._linear import Linear, RMSNorm, SwiGLU
 
 
-class Attention(eqx.Module):
+class Attention(AbstractBlock):
     """Causal grouped-query self-attention with rotary embeddings at original positions. A block.
 
     Query head $h$ reads key-value head $\\lfloor h \\, H_{kv} / H \\rfloor$.
@@ -99,7 +99,7 @@ def _check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-class TransformerBlock(eqx.Module):
+class TransformerBlock(AbstractBlock):
     """Pre-norm attention and feed-forward, as one update: $a + g(\\text{norm}(x + a))$ with
     $a = \\text{attention}(\\text{norm}(x))$. A block.
 

@@ -174,7 +174,10 @@ def assert_exact_capacity(
                 f"{routing.num_tokens} tokens."
             )
         if not np.all(routing.filled):
-            raise AssertionError(f"{int(np.sum(~routing.filled))} slots were left empty.")
+            raise AssertionError(
+                f"{int(np.sum(~routing.filled))} slots were left empty. `TokenChoice` and "
+                "`Threshold` may leave some: this is for selectors that fill their slots."
+            )
         if not np.all(np.diff(routing.index, axis=-1) > 0):
             raise AssertionError("an expert's tokens are not in time order, or one is there twice.")
 
@@ -263,7 +266,10 @@ def assert_causal(
 def _who_looks_ahead(model: Model) -> str:
     selectors = {type(r.select).__name__ for r in routers(model) if r.select.looks_ahead}
     if not selectors:
-        return "No selector in it looks ahead: a block, such as its attention, does."
+        return (
+            "No selector in it says that it looks ahead: one that does without saying so, or a "
+            "block, such as its attention, does."
+        )
     return (
         f"Its selector {' and '.join(sorted(selectors))} does, as in training it may; evaluate and "
         "sample through `mode.causal(model)`."

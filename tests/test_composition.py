@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -62,6 +62,29 @@ def listed(x: Any, info: Any, *, key: Any = None) -> Any:
 
 def shorter(x: Any, info: Any, *, key: Any = None) -> Any:
     return x[..., :-1], ()
+
+
+class Returning(mode.AbstractSelector):
+    """A selector of a user's own that returns what it likes."""
+
+    what: Callable[[mode.Request], Any]
+    looks_ahead: ClassVar[bool] = False
+
+    def share(self, fraction: Any) -> Any:
+        return fraction
+
+    def __call__(self, request: mode.Request, *, key: Any = None) -> Any:
+        return self.what(request)
+
+
+class Forgetful(mode.AbstractGate):
+    """A gate of a user's own that returns a weight for every choice."""
+
+    def scores(self, logits: Any) -> Any:
+        return logits
+
+    def __call__(self, logits: Any, selected: Any) -> Any:
+        return logits
 
 
 def swapped() -> Any:
@@ -202,6 +225,40 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an empty batch": (
         lambda: mod(block())(x()[:0]),
         r"`x` must hold at least one token, got shape \(0, 32, 16\)",
+    ),
+    "a block as a layer": (
+        lambda: mode.Transformer(VOCAB, DIM, [transformer_block], key=KEY),
+        r"`layers` must build layers, .* got a block, `TransformerBlock`.*`Residual\(block\)`",
+    ),
+    "a bare module as a layer": (
+        lambda: mode.Transformer(VOCAB, DIM, [mlp], key=KEY),
+        r"`layers` must build layers, called as .*got MLP",
+    ),
+    "a layer in place of its constructor": (
+        lambda: mode.Transformer(VOCAB, DIM, [mode.Residual(block())], key=KEY),
+        r"`layers` must be functions, .*builds a layer from a key, got Residual",
+    ),
+    "segment ids in place of info": (
+        lambda: mode.Residual(block())(x(), jnp.ones((2, TOKENS), int)),
+        r"`info` must be a `TokenInfo`, got .*`TokenInfo\.packed`",
+    ),
+    "the class of a predictor": (
+        lambda: mod(block(), predictor=mode.Predictor),
+        r"`predictor` must map hidden states",
+    ),
+    "a selector that returns an array": (
+        lambda: mod(block(), select=Returning(lambda r: r.scores))(x()),
+        r"`select`, Returning, must return a `Selection\(index, load\)`, got",
+    ),
+    "a selector with an index of another shape": (
+        lambda: mod(block(), select=Returning(lambda r: mode.Selection(r.valid[:, :8], r.valid)))(
+            x()
+        ),
+        r"`select`, Returning, must return an index .*= \(2, 1, 8\).*got \(2, 8\) and \(2, 32\)",
+    ),
+    "a gate that forgets the no-ops": (
+        lambda: moe(expert, num_noop=2, gate=Forgetful())(x()),
+        r"`gate`, Forgetful, must return one weight .*\(2, 32, 4\), .*got \(2, 32, 6\)",
     ),
     "a routing in place of the tuple": (
         lambda: mode.update_state(mod(block()), mod(block())(x())[1][0]),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,12 +152,15 @@ def report(out: Path, console: Console) -> None:
             f"`out` must hold at least one finished arm, got {out}. Run "
             f"`{command_of(settings, out)}` to train them."
         )
-    write_report(out, results, settings, command_of(settings, out), console)
+    command = command_of(settings, out, [result.name for result in results])
+    write_report(out, results, settings, command, console)
 
 
-def command_of(settings: dict[str, Any], out: Path) -> str:
-    """The command that makes a run with these settings."""
+def command_of(settings: dict[str, Any], out: Path, arms: Sequence[str] = NAMES) -> str:
+    """The command that makes a run of these arms with these settings."""
     words = ["mode-lab", "ablate", "--out", str(out)]
+    if tuple(arms) != NAMES:
+        words += ["--arms", *arms]
     default = Ablation().settings()
     for name, value in settings.items():
         if isinstance(value, dict):
