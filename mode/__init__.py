@@ -10,7 +10,9 @@
 - **Models**: `Transformer`, `mod_decoder`, `every_other`; `TokenInfo` for packed documents.
 - **Training**: `trainable`, `update_state`, the losses `router_z_loss`, `load_balance_loss`,
   `router_bce`, `predictor_bce`; `routing_metrics`, `agreement`; `count_flops`.
-- **Causal**: `causal` and its rules, `ByQuantile`, `ByPredictor`, `ByLogit`; `Sampler`.
+- **Causal**: `causal` and its rules, `ByQuantile`, `ByPredictor`, `ByLogit`.
+- **Decoding**: `prefill`, `step`, `generate` with a `Sampler`; `unrolled`, `entered`; `Past` says
+  how a block of one's own joins.
 - **Surgery**: `routers`, `map_routers`, `for_each_router`. **Checks**: `mode.testing`.
 """
 
@@ -28,8 +30,15 @@ from ._block import (
     AbstractLayer as AbstractLayer,
     Residual as Residual,
 )
+from ._cache import Added as Added, Cache as Cache, Past as Past
 from ._capacity import token_capacity as token_capacity
 from ._causal import causal as causal, causal_membership as causal_membership
+from ._decode import (
+    Decoding as Decoding,
+    prefill as prefill,
+    step as step,
+    unrolled as unrolled,
+)
 from ._decoder import (
     Stack as Stack,
     Transformer as Transformer,
@@ -47,6 +56,12 @@ from ._gate import (
     Sigmoid as Sigmoid,
     Softmax as Softmax,
     Tanh as Tanh,
+)
+from ._generate import (
+    Entered as Entered,
+    Generation as Generation,
+    entered as entered,
+    generate as generate,
 )
 from ._info import TokenInfo as TokenInfo
 from ._linear import GELU as GELU, Linear as Linear, RMSNorm as RMSNorm, SwiGLU as SwiGLU

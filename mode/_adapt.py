@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._block import (
     AbstractBlock,
@@ -14,6 +14,7 @@ from ._block import (
     check_kept_shape,
     type_name,
 )
+from ._cache import Past
 from ._info import TokenInfo
 from ._precision import cast_parameters
 
@@ -113,3 +114,10 @@ class PositionWise(AbstractBlock):
         update = map_rows(cast_parameters(self.function, x.dtype), rows, key)
         check_kept_shape("function", update.shape[1:], rows.shape[1:])
         return update.reshape(x.shape), ()
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], PyTree]:
+        """New tokens, each for itself: see `Past`."""
+        del past
+        return self(x, info)[0], ()

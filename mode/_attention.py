@@ -44,6 +44,55 @@ def rope(
     return (x_wide * cos + jnp.roll(x_wide, half, axis=-1) * sin).astype(x.dtype)
 
 
+def extend_attention(
+    q: Float[Array, "batch new heads head_dim"],
+    new_kv: tuple[
+        Float[Array, "batch kv_heads new head_dim"], Float[Array, "batch kv_heads new head_dim"]
+    ],
+    segment_ids: Int[Array, "batch new"],
+    past_kv: tuple[
+        Float[Array, "batch kv_heads slots head_dim"], Float[Array, "batch kv_heads slots head_dim"]
+    ],
+    past_segment_ids: Int[Array, "batch slots"],
+) -> Float[Array, "batch new heads head_dim"]:
+    """`causal_attention` of new tokens that follow cached ones: one softmax over both.
+
+    Keys and values lie head by head, as a product with one query reads them; empty slots have
+    segment 0.
+    """
+    batch, new, _, head_dim = q.shape
+    (k, v), (past_k, past_v) = new_kv, past_kv
+    kv_heads = k.shape[1]
+    wide = float32_or_wider(q.dtype)
+    rows = (q.astype(wide) * head_dim**-0.5).reshape(batch, new, kv_heads, -1, head_dim)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    place = jnp.arange(new)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    masks = (
+        segment_ids[:, :, None] == past_segment_ids[:, None, :],
+        same & (place[:, None] >= place[None, :])[None],
+    )
+    scores = []
+    for keys, mask in zip((past_k, k), masks, strict=True):
+        product = jnp.einsum("bgqd,bgkd->bgqk", rows, keys.astype(wide))
+        per_head = product.reshape(batch, kv_heads, -1, *mask.shape[1:])
+        scores.append(jnp.where(mask[:, None, None], per_head, -jnp.inf).reshape(product.shape))
+    # A token always sees itself, so the maximum is finite.
+    top = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    shares = [jnp.exp(part - top) for part in scores]
+    total = sum(jnp.sum(share, axis=-1, keepdims=True) for share in shares)
+    mixed = [
+        jnp.einsum("bgqk,bgkd->bgqd", share, values.astype(wide))
+        for share, values in zip(shares, (past_v, v), strict=True)
+    ]
+    out = (
+        ((mixed[0] + mixed[1]) / total)
+        .reshape(batch, kv_heads, -1, new, head_dim)
+        .transpose(0, 3, 1, 2, 4)
+    )
+    return out.reshape(q.shape).astype(q.dtype)
+
+
 def causal_attention(
     q: Float[Array, "batch tokens heads head_dim"],
     k: Float[Array, "batch tokens kv_heads head_dim"],

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._cache import Added, Past, extend_block
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._routing import Routing
 
@@ -175,3 +176,16 @@ class Residual(AbstractLayer):
         real = info.valid[..., None]
         update, routings = run_block("block", self.block, jnp.where(real, x, 0), info, key)
         return jnp.where(real, x + update.astype(x.dtype), x), routings
+
+    def slots(self, max_tokens: int) -> int:
+        """Tokens of a sequence that decoding keeps in this layer: all."""
+        return max_tokens
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], Added]:
+        """Hidden states of new tokens, and what the cache of this layer gains: see `Past`."""
+        real = info.valid[..., None]
+        update, left = extend_block(self.block, jnp.where(real, x, 0), info, past)
+        refused = jnp.zeros(x.shape[0], jnp.int32)
+        return jnp.where(real, x + update.astype(x.dtype), x), Added(left, info, refused)

@@ -133,7 +133,8 @@ class Transformer(eqx.Module):
         """Number of layers."""
         return sum(len(stack.layers) * stack.repeats for stack in self.stacks)
 
-    def _embed(self, tokens: Int[Array, "*groups tokens"]) -> Float[Array, "*groups tokens dim"]:
+    def embed(self, tokens: Int[Array, "*groups tokens"]) -> Float[Array, "*groups tokens dim"]:
+        """Hidden states of token ids, as the first layer takes them."""
         # NaN for an id that does not exist: clamping it, as indexing does, would go unnoticed.
         rows = self.embedding.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
@@ -157,16 +158,20 @@ class Transformer(eqx.Module):
         if info is not None:
             info = resolve_info(tokens[..., None], info)
             tokens = jnp.where(info.valid, tokens, 0)  # any id may stand in the padding
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         keys = [None] * len(self.stacks) if key is None else jax.random.split(key, len(self.stacks))
         routings: Routings = ()
         for stack, stack_key in zip(self.stacks, keys, strict=True):
             x, routed = stack(x, info, key=stack_key)
             routings += routed
+        return self.unembed(x), routings
+
+    def unembed(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes vocab"]:
+        """Logits, float32 or wider, of hidden states as the last layer returns them."""
         with jax.named_scope("mode.logits"):
             x = self.norm(x)
             logits = project(x, self.embedding.T) if self.head is None else self.head(x)
-            return logits.astype(float32_or_wider(x.dtype)), routings
+            return logits.astype(float32_or_wider(x.dtype))
 
 
 def _make_layer(make: MakeLayer, key: PRNGKeyArray) -> Layer:

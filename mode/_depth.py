@@ -1,10 +1,15 @@
 """Mixture-of-Depths: a block that only the tokens its router picks take part in."""
 
+from typing import Any
+
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._block import AbstractLayer, Block, Routings, check_block, run_block
+from ._cache import Added, Past, extend_block
 from ._capacity import Share, exact_fraction, is_finite
+from ._demand import on_demand, slot_counts
 from ._dispatch import combine, dispatch, dispatch_info
 from ._gate import AbstractGate, Raw, SelectedSoftmax, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
@@ -126,3 +131,49 @@ class MixtureOfDepths(AbstractLayer):
             slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
             update, inner = run_block("block", self.block, slots[0], slot_info, block_key)
             return combine(update[None], routing, onto=x), (routing, *inner)
+
+    def slots(self, max_tokens: int) -> int:
+        """Tokens of a sequence that decoding keeps in this layer: those its selector may take."""
+        return self.router.slots(max_tokens)
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], Added]:
+        """Hidden states of new tokens, and what the cache of this layer gains: see `Past`.
+
+        First tokens of any number, or one token after others. Members whose token goes around the
+        block are not computed: those that want it share a static number of slots.
+        """
+        with jax.named_scope("mode.MixtureOfDepths"):
+            return self._first(x, info, past) if past.info is None else self._next(x, info, past)
+
+    def _first(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], Added]:
+        routing = self.router(x, info, slots=past.slots)
+        slots = dispatch(x, routing)
+        slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
+        update, left = extend_block(self.block, slots[0], slot_info, past)
+        return combine(update[None], routing, onto=x), Added(left, slot_info, routing.num_dropped)
+
+    def _next(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], Added]:
+        assert past.info is not None
+        held = jnp.sum(past.info.valid, axis=-1, dtype=jnp.int32)
+        admission = self.router.admit(x, info, held[:, None], past.slots)
+        taken = admission.taken[..., 0]
+        took = TokenInfo(info.positions, jnp.where(taken, info.segment_ids, 0))
+        members: tuple[Any, Any, Any] = (x, took, past)
+
+        def run(index: Int[Array, " slots"] | None) -> tuple[Array, PyTree]:
+            some = members if index is None else jax.tree.map(lambda leaf: leaf[index], members)
+            rows, row_info, row_past = some
+            return extend_block(self.block, rows, row_info, row_past)
+
+        counts = slot_counts(x.shape[0], self.router.fraction)
+        update, left = on_demand(run, taken[:, 0], counts)
+        wide = admission.weight.dtype
+        hidden = (x.astype(wide) + admission.weight * update.astype(wide)).astype(x.dtype)
+        added = Added(left, took, admission.refused[:, 0])
+        return jnp.where(taken[..., None], hidden, x), added

@@ -6,21 +6,33 @@ from fractions import Fraction
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._adapt import map_rows, takes_key
 from ._block import AbstractBlock, Routings, can_be_called, check_kept_shape, type_name
+from ._cache import Past
 from ._capacity import Share, check_count, exact_fraction
+from ._demand import on_demand, slot_counts
 from ._dispatch import combine, dispatch
 from ._gate import AbstractGate, Softmax
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._precision import cast_parameters
-from ._router import ROUTER_STD, Predictor, Router
+from ._router import ROUTER_STD, Admission, Predictor, Router
+from ._routing import Routing
 from ._select import AbstractSelector, ExpertChoice
 
 
 Expert = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
 MakeExpert = Callable[[PRNGKeyArray], Expert]
+
+
+class Membership(eqx.Module):
+    """What tokens leave behind in a `MixtureOfExperts`: who took them, `[batch, tokens, experts]`.
+
+    It says how full each expert is, and afterwards what was computed.
+    """
+
+    taken: Bool[Array, "*layers batch tokens experts"]
 
 
 class MixtureOfExperts(AbstractBlock):
@@ -124,18 +136,80 @@ class MixtureOfExperts(AbstractBlock):
         )
         with jax.named_scope("mode.MixtureOfExperts"):
             routing = self.router(x, info, key=router_key)
-            slots = dispatch(x, routing)
-            rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
-            updates = _apply(self.experts, rows, 0, expert_key)
-            updates = updates.reshape(slots.shape)
-            # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
-            update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
-            if self.shared is not None:
-                # As in the router: a NaN in the padding would reach the gradients of parameters.
-                rows = jnp.where(info.valid[..., None], x, 0).reshape(-1, x.shape[-1])
-                shared = _apply(self.shared, rows, None, shared_key)
-                update = update + shared.sum(0).reshape(x.shape)
-            return update, (routing,)
+            return self._compute(x, info, routing, expert_key, shared_key), (routing,)
+
+    def _compute(
+        self,
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        routing: Routing,
+        expert_key: PRNGKeyArray | None = None,
+        shared_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*groups tokens dim"]:
+        """What the experts make of the tokens they took, and the shared ones of all."""
+        slots = dispatch(x, routing)
+        rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
+        updates = _apply(self.experts, rows, 0, expert_key).reshape(slots.shape)
+        # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
+        update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
+        return self._with_shared(update, x, info, shared_key)
+
+    def _with_shared(
+        self,
+        update: Float[Array, "*groups tokens dim"],
+        x: Float[Array, "*groups tokens dim"],
+        info: TokenInfo,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*groups tokens dim"]:
+        if self.shared is None:
+            return update
+        # As in the router: a NaN in the padding would reach the gradients of parameters.
+        rows = jnp.where(info.valid[..., None], x, 0).reshape(-1, x.shape[-1])
+        return update + _apply(self.shared, rows, None, key).sum(0).reshape(x.shape)
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], PyTree]:
+        """New tokens: see `Past`. Leaves behind who took them, `Membership`.
+
+        Of tokens that follow others, each expert computes those that it takes, in a static number
+        of slots near their number, and reads no weights where there are none.
+        """
+        slots = self.router.slots(past.slots)
+        with jax.named_scope("mode.MixtureOfExperts"):
+            if past.info is None:
+                routing = self.router(x, info, slots=slots)
+                return self._compute(x, info, routing), Membership(routing.selected)
+            earlier = past.left.taken & past.info.valid[..., None]
+            held = jnp.sum(earlier, axis=1, dtype=jnp.int32)
+            admission = self.router.admit(x, info, held, slots)
+            update = self._next(x, admission)
+            return self._with_shared(update, x, info), Membership(admission.taken)
+
+    def _next(
+        self, x: Float[Array, "batch new dim"], admission: Admission
+    ) -> Float[Array, "batch new dim"]:
+        rows = x.reshape(-1, x.shape[-1])
+        taken, weight = (
+            part.reshape(-1, self.router.num_experts)
+            for part in (admission.taken, admission.weight)
+        )
+        counts = slot_counts(rows.shape[0], min(self.router.fraction, Fraction(1)))
+        arrays, rest = eqx.partition(self.experts, eqx.is_array)
+
+        def add(e: Int[Array, ""], total: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+            def run(index: Int[Array, " slots"] | None) -> Float[Array, "slots dim"]:
+                # Picked inside the branch: where nobody asks, no weights are read.
+                expert = eqx.combine(jax.tree.map(lambda leaf: leaf[e], arrays), rest)
+                some = rows if index is None else rows[index]
+                return map_rows(cast_parameters(expert, x.dtype), some, None)
+
+            update = on_demand(run, taken[:, e], counts).astype(weight.dtype)
+            return total + jnp.where(taken[:, e, None], weight[:, e, None] * update, 0)
+
+        total = jnp.full(rows.shape, -0.0, weight.dtype)
+        total = jax.lax.fori_loop(0, self.router.num_experts, add, total)
+        return total.reshape(x.shape).astype(x.dtype)
 
     def _check_slots(self, num_tokens: int) -> None:
         slots = num_tokens * self.router.fraction

@@ -6,7 +6,7 @@ from fractions import Fraction
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._capacity import token_capacity
 from ._gate import AbstractGate, SelectedSoftmax
@@ -14,7 +14,14 @@ from ._info import TokenInfo
 from ._linear import Linear
 from ._precision import float32_or_wider
 from ._routing import RouterState, Routing, selected_mask
-from ._select import AbstractSelector, Request, Selection, TokenChoice, check_instance
+from ._select import (
+    AbstractSelector,
+    AbstractTokenwise,
+    Request,
+    Selection,
+    TokenChoice,
+    check_instance,
+)
 
 
 # A router that starts nearly undecided. At `dim ** -0.5` the raw gate gives some tokens weights of
@@ -126,31 +133,29 @@ class Router(eqx.Module):
         bias = jax.lax.stop_gradient(self.state.bias).astype(logits.dtype)
         return self.gate.scores(logits + jnp.expand_dims(bias, range(logits.ndim - 1)))
 
+    def slots(self, num_tokens: int) -> int:
+        """Slots of each expert in a group of `num_tokens`."""
+        return token_capacity(num_tokens, self.select.share(self.fraction))
+
     def __call__(
         self,
         x: Float[Array, "*groups tokens dim"],
         info: TokenInfo,
         *,
+        slots: int | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Routing:
+        """`x`: `[*groups, tokens, dim]`. `slots` of each expert, where they are not those of a
+        group of this length: `x` is then the beginning of a longer one."""
         with jax.named_scope("mode.Router"):
             _check_gradient(self.select, self.gate)  # the parts may have been swapped since
-            # Zeros for padding: a NaN there would reach the scorer's gradient as 0 * NaN.
-            x = jnp.where(info.valid[..., None], x, 0)
-            x = x.astype(float32_or_wider(x.dtype))
+            num_tokens = x.shape[-2]
+            x = _wide(x, info)
             detached = jax.lax.stop_gradient(x)
             logits = self.scorer(x)
-            predictor = None if self.predictor is None else self.predictor(detached)
-            _check_predictor(predictor, (*x.shape[:-1], self.num_experts))
-            num_tokens = x.shape[-2]
-            request = Request(
-                scores=jax.lax.stop_gradient(self.scores(logits)),
-                logits=jax.lax.stop_gradient(logits),
-                predictor=jax.lax.stop_gradient(predictor),
-                threshold=jax.lax.stop_gradient(self.state.threshold).astype(x.dtype),
-                valid=info.valid,
-                slots=token_capacity(num_tokens, self.select.share(self.fraction)),
-            )
+            predictor = self._predict(detached)
+            slots = self.slots(num_tokens) if slots is None else min(slots, num_tokens)
+            request = self._request(logits, predictor, info, slots)
             chosen = self.select(request, key=key)
             _check_selection(self.select, chosen, request)
             weights = self.gate(logits, selected_mask(chosen.index, num_tokens))
@@ -172,6 +177,71 @@ class Router(eqx.Module):
                 valid=info.valid,
                 predictor=predictor,
             )
+
+    def admit(
+        self,
+        x: Float[Array, "batch new dim"],
+        info: TokenInfo,
+        earlier: Int[Array, "batch experts"],
+        slots: int,
+    ) -> "Admission":
+        """What `__call__` decides for the tokens that follow others, of which each expert took
+        `earlier`. The selector is an `AbstractTokenwise`."""
+        assert isinstance(self.select, AbstractTokenwise)
+        with jax.named_scope("mode.Router"):
+            x = _wide(x, info)
+            logits = self.scorer(x)
+            request = self._request(logits, self._predict(x), info, slots)
+            asked = self.select.asks(request)[..., : self.num_experts] & info.valid[..., None]
+            place = earlier[:, None] + jnp.cumsum(asked, axis=1, dtype=jnp.int32)
+            taken = asked & (place <= slots)
+            refused = jnp.sum(asked & ~taken, axis=1, dtype=jnp.int32)
+            return Admission(taken, self.gate(logits, taken), refused)
+
+    def _predict(
+        self, detached: Float[Array, "*groups tokens dim"]
+    ) -> Float[Array, "*groups tokens experts"] | None:
+        predictor = None if self.predictor is None else self.predictor(detached)
+        _check_predictor(predictor, (*detached.shape[:-1], self.num_experts))
+        return predictor
+
+    def _request(
+        self,
+        logits: Float[Array, "*groups tokens choices"],
+        predictor: Float[Array, "*groups tokens experts"] | None,
+        info: TokenInfo,
+        slots: int,
+    ) -> Request:
+        return Request(
+            scores=jax.lax.stop_gradient(self.scores(logits)),
+            logits=jax.lax.stop_gradient(logits),
+            predictor=jax.lax.stop_gradient(predictor),
+            threshold=jax.lax.stop_gradient(self.state.threshold).astype(logits.dtype),
+            valid=info.valid,
+            slots=slots,
+        )
+
+
+class Admission(eqx.Module):
+    """Who gets in, of tokens that follow others.
+
+    **Attributes:**
+
+    - `taken`: `[batch, new, experts]`.
+    - `weight`: `[batch, new, experts]`, what multiplies an expert's output; float32 or wider.
+    - `refused`: `[batch, experts]`, how many asked for an expert that was full.
+    """
+
+    taken: Bool[Array, "batch new experts"]
+    weight: Float[Array, "batch new experts"]
+    refused: Int[Array, "batch experts"]
+
+
+def _wide(
+    x: Float[Array, "*groups tokens dim"], info: TokenInfo
+) -> Float[Array, "*groups tokens dim"]:
+    # Zeros for padding: a NaN there would reach the scorer's gradient as 0 * NaN.
+    return jnp.where(info.valid[..., None], x, 0).astype(float32_or_wider(x.dtype))
 
 
 def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:

@@ -3,11 +3,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._adapt import PositionWise
-from ._attention import Attend, causal_attention, rope
+from ._attention import Attend, causal_attention, extend_attention, rope
 from ._block import AbstractBlock, Block, Routings, check_block, run_block
+from ._cache import Past, extend_block
 from ._capacity import check_count
 from ._info import TokenInfo, check_hidden, resolve_info
 from ._linear import Linear, RMSNorm, SwiGLU
@@ -74,13 +75,38 @@ class Attention(AbstractBlock):
         info = resolve_info(x, info)
         with jax.named_scope("mode.Attention"):
             rows = x.reshape(-1, *x.shape[-2:])
-            positions = info.positions.reshape(rows.shape[:-1])
-            heads = self.qkv(rows).reshape(*rows.shape[:-1], -1, x.shape[-1] // self.num_heads)
-            turned, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
-            turned = rope(turned, positions, self.rope_theta)
-            q, k = jnp.split(turned, [self.num_heads], axis=-2)
+            q, k, v = self._heads(rows, info.positions.reshape(rows.shape[:-1]))
             mixed = self.attend(q, k, v, info.segment_ids.reshape(rows.shape[:-1]))
             return self.out(mixed.reshape(rows.shape)).reshape(x.shape), ()
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], PyTree]:
+        """New tokens, each of which sees the past and those before it: see `Past`. Leaves behind
+        keys and values, `[batch, kv_heads, new, head_dim]`."""
+        with jax.named_scope("mode.Attention"):
+            q, k, v = self._heads(x, info.positions)
+            left = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+            if past.info is None:
+                mixed = self.attend(q, k, v, info.segment_ids)
+            else:
+                earlier = past.info.segment_ids
+                mixed = extend_attention(q, left, info.segment_ids, past.left, earlier)
+            return self.out(mixed.reshape(x.shape)), left
+
+    def _heads(
+        self, x: Float[Array, "batch tokens dim"], positions: Int[Array, "batch tokens"]
+    ) -> tuple[
+        Float[Array, "batch tokens heads head_dim"],
+        Float[Array, "batch tokens kv_heads head_dim"],
+        Float[Array, "batch tokens kv_heads head_dim"],
+    ]:
+        """Queries and keys, turned to their positions, and values."""
+        heads = self.qkv(x).reshape(*x.shape[:-1], -1, x.shape[-1] // self.num_heads)
+        turned, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
+        turned = rope(turned, positions, self.rope_theta)
+        q, k = jnp.split(turned, [self.num_heads], axis=-2)
+        return q, k, v
 
 
 def _check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
@@ -168,3 +194,12 @@ class TransformerBlock(AbstractBlock):
         normed = self.feedforward_norm(x + attended)
         update, routings = run_block("feedforward", self.feedforward, normed, info, key)
         return attended + update, routings
+
+    def extend(
+        self, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
+    ) -> tuple[Float[Array, "batch new dim"], PyTree]:
+        """New tokens: see `Past`. Leaves behind what attention and feed-forward do."""
+        attended, keys = self.attention.extend(self.attention_norm(x), info, past.part(0))
+        normed = self.feedforward_norm(x + attended)
+        update, left = extend_block(self.feedforward, normed, info, past.part(1))
+        return attended + update, (keys, left)
