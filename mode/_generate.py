@@ -164,10 +164,10 @@ def entered(model: Transformer, decoding: Decoding) -> list[Entered]:
 
 
 def _experts_entered(own: list[Router], cache: Cache) -> list[Entered]:
-    is_membership = lambda node: isinstance(node, Membership)  # noqa: E731
-    nodes = jax.tree.leaves(cache.left, is_leaf=is_membership)
+    nodes = jax.tree.leaves(cache.left, is_leaf=lambda node: isinstance(node, Membership))
+    memberships = [node for node in nodes if isinstance(node, Membership)]
     records = []
-    for router, node in zip(own, filter(is_membership, nodes), strict=True):
+    for router, node in zip(own, memberships, strict=True):
         taken = node.taken & cache.info.valid[..., None]
         share = jnp.sum(taken, axis=(-1, -2)) / jnp.maximum(cache.length, 1)
         records.append(Entered(share, float(router.fraction * router.num_experts), None))
