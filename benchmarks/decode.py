@@ -63,8 +63,9 @@ class Run:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.decoding.caches))
 
 
-def measure(batch: int, cache: int, rounds: int) -> bool:
-    dense, routed = decoder(routed=False), decoder(routed=True)
+def measure(
+    dense: mode.Transformer, routed: mode.Transformer, batch: int, cache: int, rounds: int
+) -> bool:
     runs = {"dense": Run(dense, batch, cache), "routed": Run(routed, batch, cache)}
     medians = timing.take_turns(runs, rounds)
     shares = [float(e.share.mean()) for e in mode.entered(routed, runs["routed"].decoding)]
@@ -79,11 +80,12 @@ def measure(batch: int, cache: int, rounds: int) -> bool:
     return ratio >= FASTER and memory <= MEMORY
 
 
-def worst(batch: int, cache: int, rounds: int) -> bool:
-    dense, greedy = decoder(routed=False), all_want(decoder(routed=True))
+def worst(
+    dense: mode.Transformer, routed: mode.Transformer, batch: int, cache: int, rounds: int
+) -> bool:
     runs = {
         "dense": Run(dense, batch, cache),
-        "all members want every block": Run(greedy, batch, cache),
+        "all members want every block": Run(all_want(routed), batch, cache),
     }
     medians = timing.take_turns(runs, rounds)
     return timing.report(
@@ -99,11 +101,12 @@ if __name__ == "__main__":
     options = parser.parse_args()
     timing.header()
     began = time.perf_counter()
+    models = decoder(routed=False), decoder(routed=True)
     held = [
-        measure(batch, cache, options.rounds)
+        measure(*models, batch, cache, options.rounds)
         for cache in options.caches
         for batch in options.batches
     ]
-    held += [worst(batch, 1024, options.rounds) for batch in options.batches[:3]]
+    held += [worst(*models, batch, 1024, options.rounds) for batch in options.batches[:3]]
     print(f"{time.perf_counter() - began:.0f} s in all")
     sys.exit(0 if all(held) else 1)

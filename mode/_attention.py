@@ -60,12 +60,11 @@ def extend_attention(
     Keys and values lie head by head, as a product with one query reads them; empty slots have
     segment 0.
     """
-    batch, new, _, head_dim = q.shape
+    batch, new = q.shape[:2]
     (k, v), (past_k, past_v) = new_kv, past_kv
     kv_heads = k.shape[1]
     wide = float32_or_wider(q.dtype)
-    rows = (q.astype(wide) * head_dim**-0.5).reshape(batch, new, kv_heads, -1, head_dim)
-    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    rows = _stacked(q.astype(wide), kv_heads)
     place = jnp.arange(new)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     masks = (
@@ -85,12 +84,7 @@ def extend_attention(
         jnp.einsum("bgqk,bgkd->bgqd", share, values.astype(wide))
         for share, values in zip(shares, (past_v, v), strict=True)
     ]
-    out = (
-        ((mixed[0] + mixed[1]) / total)
-        .reshape(batch, kv_heads, -1, new, head_dim)
-        .transpose(0, 3, 1, 2, 4)
-    )
-    return out.reshape(q.shape).astype(q.dtype)
+    return _unstacked((mixed[0] + mixed[1]) / total, q)
 
 
 def causal_attention(
@@ -127,12 +121,10 @@ def plain_attention(
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """As `causal_attention`, forming all scores at once: what the other forms are tested against,
     and the one with a forward-mode derivative at any length."""
-    batch, tokens, _, head_dim = q.shape
+    batch, tokens = q.shape[:2]
     kv_heads = k.shape[2]
     wide = float32_or_wider(q.dtype)
-    # The query heads of one key-value head are stacked as rows: its keys are not repeated.
-    rows = (q.astype(wide) * head_dim**-0.5).reshape(batch, tokens, kv_heads, -1, head_dim)
-    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    rows = _stacked(q.astype(wide), kv_heads)
     k, v = (part.astype(wide).transpose(0, 2, 1, 3) for part in (k, v))
     scores = jnp.einsum("bgqd,bgkd->bgqk", rows, k)
     per_head = scores.reshape(batch, kv_heads, -1, tokens, tokens)
@@ -141,5 +133,23 @@ def plain_attention(
     mask = earlier[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
     share = jax.nn.softmax(jnp.where(mask[:, None, None], per_head, -jnp.inf), axis=-1)
     mixed = jnp.einsum("bgqk,bgkd->bgqd", share.reshape(scores.shape), v)
-    mixed = mixed.reshape(batch, kv_heads, -1, tokens, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(q.shape).astype(q.dtype)
+    return _unstacked(mixed, q)
+
+
+def _stacked(
+    q: Float[Array, "batch tokens heads head_dim"], kv_heads: int
+) -> Float[Array, "batch kv_heads rows head_dim"]:
+    """Scaled queries, those of one key-value head stacked as rows: its keys are not repeated."""
+    batch, tokens, _, head_dim = q.shape
+    rows = (q * head_dim**-0.5).reshape(batch, tokens, kv_heads, -1, head_dim)
+    return rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+
+
+def _unstacked(
+    mixed: Float[Array, "batch kv_heads rows head_dim"],
+    q: Float[Array, "batch tokens heads head_dim"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Rows back where the heads of `q` stand, in its dtype."""
+    batch, tokens, _, head_dim = q.shape
+    heads = mixed.reshape(batch, mixed.shape[1], -1, tokens, head_dim).transpose(0, 3, 1, 2, 4)
+    return heads.reshape(q.shape).astype(q.dtype)

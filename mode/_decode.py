@@ -72,7 +72,6 @@ def prefill(
     >>> decoding.length.tolist()
     [9, 9]
     """
-    _check_model(model)
     max_tokens = check_count("max_tokens", max_tokens, 1)
     _check_prompt(model, tokens, lengths, max_tokens)
     if lengths is None:
@@ -87,6 +86,7 @@ def _prefill(
     lengths: Int[Array, " batch"],
     max_tokens: int,
 ) -> Decoding:
+    _check_model(model)
     place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     info = TokenInfo(place, (place < lengths[:, None]).astype(jnp.int32))
     x = model.embed(jnp.where(info.valid, tokens, 0))
@@ -118,13 +118,6 @@ def step(
     **Raises:** `ValueError` for another number of tokens than members, or a `decoding` of another
     model; `equinox.EquinoxRuntimeError` when run for a member that already has `max_tokens` tokens.
     """
-    _check_model(model)
-    if tokens.shape != decoding.length.shape:
-        raise ValueError(
-            f"`tokens` must hold one token per member of `decoding`, {decoding.length.shape}, got "
-            f"{tokens.shape}."
-        )
-    check_decoding(model, decoding)
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     kept = (model, decoding.logits, decoding.length, tokens, active, decoding.max_tokens)
@@ -143,7 +136,9 @@ def advance(
     tokens: Int[Array, " batch"],
     active: Bool[Array, " batch"],
 ) -> Decoding:
-    """`step` without its checks of types, to be compiled into a larger program."""
+    """`step`, to be compiled into a larger program. What it refuses it refuses when traced."""
+    _check_model(model)
+    _check_decoding(model, decoding, tokens)
     length = eqx.error_if(
         decoding.length,
         active & (decoding.length >= decoding.max_tokens),
@@ -263,11 +258,13 @@ def _check_prompt(
         )
 
 
-def check_decoding(model: Transformer, decoding: Decoding) -> None:
-    """Refuse a decoding that another model made.
-
-    **Raises:** `ValueError`.
-    """
+def _check_decoding(model: Transformer, decoding: Decoding, tokens: Int[Array, " batch"]) -> None:
+    """Refuse tokens of another batch, and a decoding that another model made."""
+    if tokens.shape != decoding.length.shape:
+        raise ValueError(
+            f"`tokens` must hold one token per member of `decoding`, {decoding.length.shape}, got "
+            f"{tokens.shape}."
+        )
     made = [[cache.length.shape[0] for cache in caches] for caches in decoding.caches]
     needed = [[stack.repeats] * len(stack.layers) for stack in model.stacks]
     slots = [[cache.slots for cache in caches] for caches in decoding.caches]

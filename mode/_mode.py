@@ -105,10 +105,8 @@ def integrated_mode(
     no-ops nor the way of choosing; see `TokenChoice` and `ExpertChoice` for what a no-op is to
     each.
     """
-    num_experts = check_count("num_experts", num_experts, 1)
-    num_noop = check_count("num_noop", num_noop, 0)
     if capacity_factor is None:
-        capacity_factor = Fraction(num_experts, num_experts + num_noop)
+        capacity_factor = _without_noop(num_experts, num_noop)
     expert_key, block_key = jax.random.split(key)
     experts = MixtureOfExperts(
         make_expert,
@@ -155,16 +153,20 @@ def reduced_capacity_moe(
 
     *Source:* arXiv:2404.02258, section 4.3.
     """
-    num_experts = check_count("num_experts", num_experts, 1)
-    num_noop = check_count("num_noop", num_noop, 0)
     return integrated_mode(
         make_expert,
         dim,
         num_heads,
         num_experts,
         0,
-        capacity_factor=Fraction(num_experts, num_experts + num_noop),
+        capacity_factor=_without_noop(num_experts, num_noop),
         num_kv_heads=num_kv_heads,
         select=select,
         key=key,
     )
+
+
+def _without_noop(num_experts: int, num_noop: int) -> Fraction:
+    """The experts' share of all choices."""
+    num_experts = check_count("num_experts", num_experts, 1)
+    return Fraction(num_experts, num_experts + check_count("num_noop", num_noop, 0))

@@ -58,6 +58,11 @@ def _run(model: Model, x: Array, key: PRNGKeyArray) -> tuple[Array, tuple[Routin
     return model(x, key=key)
 
 
+def _check_routed(model: Model) -> None:
+    if not routers(model):
+        raise AssertionError("the model has no router: there is nothing to check.")
+
+
 def _pairs(model: Model, routings: tuple[Routing, ...]) -> list[tuple[Router, Routing]]:
     """Each router with its routing; both are in the order of the model."""
     found = routers(model)
@@ -163,10 +168,8 @@ def assert_exact_capacity(
     """
     x = _inputs(_abstract(groups, tokens, dim, vocab, dtype), vocab, _key(key))
     _, routings = _run(model, x, _key(key))
-    pairs = _pairs(model, routings)
-    if not pairs:
-        raise AssertionError("the model has no router: there is nothing to check.")
-    for router, routing in pairs:
+    _check_routed(model)
+    for router, routing in _pairs(model, routings):
         slots = token_capacity(routing.num_tokens, router.fraction)
         if routing.index.shape[-1] != slots:
             raise AssertionError(
@@ -297,8 +300,7 @@ def assert_router_gradients(
         hidden, _ = eqx.combine(parameters, rest)(x, key=_key(key))
         return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
 
-    if not routers(model):
-        raise AssertionError("the model has no router: there is nothing to check.")
+    _check_routed(model)
     gradients = gradient(parameters)
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients)):
         raise AssertionError("a gradient is not finite.")
