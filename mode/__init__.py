@@ -11,8 +11,8 @@
 - **Training**: `trainable`, `update_state`, the losses `router_z_loss`, `load_balance_loss`,
   `router_bce`, `predictor_bce`; `routing_metrics`, `agreement`; `count_flops`.
 - **Causal**: `causal` and its rules, `ByQuantile`, `ByPredictor`, `ByLogit`.
-- **Decoding**: `prefill`, `step`, `generate` with a `Sampler`; `unrolled`, `entered`; `Past` says
-  how a block of one's own joins.
+- **Decoding**: `prefill`, `step`, `sample`, `generate` with a `Sampler`; `unrolled`, `entered`;
+  `Past` says how a block of one's own joins.
 - **Surgery**: `routers`, `map_routers`, `for_each_router`. **Checks**: `mode.testing`.
 """
 
@@ -47,6 +47,7 @@ from ._decoder import (
 )
 from ._depth import MixtureOfDepths as MixtureOfDepths
 from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
+from ._entered import Entered as Entered, entered as entered
 from ._experts import MixtureOfExperts as MixtureOfExperts
 from ._flops import Flops as Flops, count_flops as count_flops, repeats_of as repeats_of
 from ._gate import (
@@ -57,12 +58,7 @@ from ._gate import (
     Softmax as Softmax,
     Tanh as Tanh,
 )
-from ._generate import (
-    Entered as Entered,
-    Generation as Generation,
-    entered as entered,
-    generate as generate,
-)
+from ._generate import Generation as Generation, generate as generate, sample as sample
 from ._info import TokenInfo as TokenInfo
 from ._linear import GELU as GELU, Linear as Linear, RMSNorm as RMSNorm, SwiGLU as SwiGLU
 from ._losses import (

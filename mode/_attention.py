@@ -60,7 +60,7 @@ def extend_attention(
     Keys and values lie head by head, as a product with one query reads them; empty slots have
     segment 0.
     """
-    batch, new = q.shape[:2]
+    new = q.shape[1]
     (k, v), (past_k, past_v) = new_kv, past_kv
     kv_heads = k.shape[1]
     wide = float32_or_wider(q.dtype)
@@ -73,9 +73,12 @@ def extend_attention(
     )
     scores = []
     for keys, mask in zip((past_k, k), masks, strict=True):
-        product = jnp.einsum("bgqd,bgkd->bgqk", rows, keys.astype(wide))
-        per_head = product.reshape(batch, kv_heads, -1, *mask.shape[1:])
-        scores.append(jnp.where(mask[:, None, None], per_head, -jnp.inf).reshape(product.shape))
+        # The keys are the product's left side and its result is turned after the mask: few queries
+        # on the left, XLA's CPU backend would copy the keys first, and take twice as long.
+        product = jnp.einsum("bgkd,bgqd->bgkq", keys.astype(wide), rows)
+        per_head = product.reshape(*product.shape[:3], -1, new)
+        masked = jnp.where(mask.swapaxes(1, 2)[:, None, :, None], per_head, -jnp.inf)
+        scores.append(masked.reshape(product.shape).swapaxes(2, 3))
     # A token always sees itself, so the maximum is finite.
     top = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
     shares = [jnp.exp(part - top) for part in scores]

@@ -112,11 +112,19 @@ class Cache(eqx.Module):
         """The cache as a block sees it."""
         return Past(self.left, self.info, self.slots)
 
-    def append(self, added: Added) -> "Cache":
+    def append(self, added: Added, after: Float[Array, "batch ..."]) -> "Cache":
         """One token more for each member that took one: a single write, in place where the cache is
-        donated. A member that took none writes behind the end, which is nowhere."""
+        donated. A member that took none writes behind the end, which is nowhere.
+
+        `after` is what was computed from the cache as it was: the write waits for it.
+        """
         taken = added.info.valid[..., 0]
         place = jnp.where(taken, self.length, self.slots)
+        # Always 0, which XLA cannot know. Its CPU backend orders a write behind a read only where
+        # the one depends on the other, and would copy the cache twice a step to be safe.
+        rows = after.reshape(after.shape[0], -1)[:, 0]
+        late = (jnp.isnan(rows) & (rows == 0)).astype(place.dtype)
+        place += jnp.broadcast_to(late, place.shape)
         members = jnp.indices(place.shape, sparse=True)
 
         def write(leaf: Array, new: Array, axis: int) -> Array:

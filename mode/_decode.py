@@ -79,8 +79,7 @@ def prefill(
     return _prefill(model, tokens, jnp.asarray(lengths, jnp.int32), max_tokens)
 
 
-@eqx.filter_jit
-def _prefill(
+def _read(
     model: Transformer,
     tokens: Int[Array, "batch tokens"],
     lengths: Int[Array, " batch"],
@@ -97,6 +96,9 @@ def _prefill(
         caches.append(tuple(map(Cache.of, added, slots)))
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     return Decoding(model.unembed(last), lengths, tuple(caches), max_tokens)
+
+
+_prefill = eqx.filter_jit(_read)
 
 
 def step(
@@ -152,7 +154,7 @@ def advance(
         # Caches enter the layers to be read; what a token leaves behind is written out here, once
         # for all layers of a stack.
         x, added = _extend(stack, x, info, tuple(cache.past for cache in old))
-        caches.append(tuple(cache.append(new) for cache, new in zip(old, added, strict=True)))
+        caches.append(tuple(cache.append(new, x) for cache, new in zip(old, added, strict=True)))
     logits = jnp.where(active[:, None], model.unembed(x[:, 0]), decoding.logits)
     length = length + active.astype(jnp.int32)
     return Decoding(logits, length, tuple(caches), decoding.max_tokens)
@@ -265,13 +267,15 @@ def _check_decoding(model: Transformer, decoding: Decoding, tokens: Int[Array, "
             f"`tokens` must hold one token per member of `decoding`, {decoding.length.shape}, got "
             f"{tokens.shape}."
         )
-    made = [[cache.length.shape[0] for cache in caches] for caches in decoding.caches]
-    needed = [[stack.repeats] * len(stack.layers) for stack in model.stacks]
-    slots = [[cache.slots for cache in caches] for caches in decoding.caches]
-    room = [[layer.slots(decoding.max_tokens) for layer in _layers(s)] for s in model.stacks]
-    if made != needed or slots != room:
-        raise ValueError(
-            "`decoding` must have been made by `prefill` with the same model: expected caches for "
-            f"{needed} layers of {room} slots, got {made} layers of {slots} slots. An `unrolled` "
-            "model and the one it was made of have different caches."
-        )
+    like = eqx.filter_eval_shape(_read, model, tokens[:, None], tokens, decoding.max_tokens)
+    needed, got = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (like, decoding)
+    )
+    for path in needed | got:
+        if needed.get(path) != got.get(path):
+            raise ValueError(
+                "`decoding` must have been made by `prefill` with the same model: expected "
+                f"`decoding{path}` of shape {needed.get(path)}, got {got.get(path)}. An `unrolled` "
+                "model and the one it was made of have different caches."
+            )

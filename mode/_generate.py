@@ -1,33 +1,33 @@
 """Text from a model: a batch of prompts in, tokens out, one program for all steps."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-from ._cache import Cache
 from ._capacity import check_count
 from ._decode import Decoding, advance, prefill
 from ._decoder import Transformer
-from ._depth import MixtureOfDepths
-from ._experts import Membership
-from ._router import Router
 from ._sample import Sampler
-from ._state import routers
 
 
 class Generation(eqx.Module):
-    """What `generate` made.
+    """What `generate` or `sample` made.
 
     **Attributes:**
 
     - `tokens`: `[batch, steps]`; behind a member's stop token, that token again.
     - `lengths`: `[batch]`, new tokens of each member, its stop token included.
-    - `decoding`: where the batch stands: `entered` reads from it what was computed.
+    - `done`: `[batch]`, whether a member came to its stop token.
+    - `decoding`: where the batch stands, to `sample` on from; `entered` reads from it what was
+        computed.
     """
 
     tokens: Int[Array, "batch steps"]
     lengths: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
     decoding: Decoding
 
 
@@ -77,29 +77,58 @@ def generate(
             f"`steps` and `prompts` must fit into max_tokens={max_tokens}, got {steps} steps after "
             f"{prompts.shape[-1]} tokens. Raise `max_tokens`, or ask for fewer steps."
         )
-    vocab = model.embedding.shape[0]
-    if stop is not None and not 0 <= stop < vocab:
-        raise ValueError(f"`stop` must be a token id from 0 to {vocab - 1}, got {stop}.")
-    if sampler.temperature > 0 and (keys is None or keys.shape[:1] != prompts.shape[:1]):
-        raise ValueError(
-            f"`keys` must hold one key per member, {prompts.shape[:1]}, where the temperature is "
-            f"above 0, got {'None' if keys is None else keys.shape}. "
-            "`jax.random.split(key, batch)` makes them."
-        )
+    _check_sampling(model, prompts.shape[0], sampler, keys, stop)
     decoding = prefill(model, prompts, lengths, max_tokens=max_tokens)
-    return _continue(model, decoding, sampler, keys, stop, steps)
+    return sample(model, decoding, steps=steps, sampler=sampler, keys=keys, stop=stop)
+
+
+def sample(
+    model: Transformer,
+    decoding: Decoding,
+    *,
+    steps: int,
+    sampler: Sampler = Sampler(temperature=0),
+    keys: Shaped[Array, "batch ..."] | None = None,
+    stop: int | None = None,
+    done: Bool[Array, " batch"] | None = None,
+) -> Generation:
+    """Continue a batch from where it stands by up to `steps` tokens: `generate` in pieces, for text
+    that is shown as it comes. A draw is keyed by its place in the text: pieces of any size give the
+    same text.
+
+    **Arguments:**
+
+    - `model`: the one that `decoding` was made with.
+    - `decoding`: of `prefill`, `step` or an earlier `Generation`. Its caches are **donated**: it is
+        not to be continued from again.
+    - `steps`, `sampler`, `keys`, `stop`: as `generate` takes them.
+    - `done`: `[batch]`, members that came to their stop token before: `Generation.done`.
+
+    **Raises:** `ValueError` as `generate`, and for a `decoding` of another model;
+    `equinox.EquinoxRuntimeError` when run where a member has no room for `steps` tokens more.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.causal(mode.mod_decoder(256, 32, depth=4, num_heads=2, key=jax.random.key(0)))
+    >>> decoding = mode.prefill(model, jnp.array([[1, 2, 3]]), max_tokens=16)
+    >>> for piece in range(3):
+    ...     made = mode.sample(model, decoding, steps=4)
+    ...     decoding = made.decoding
+    >>> decoding.length.tolist()
+    [15]
+    """
+    steps = check_count("steps", steps, 1)
+    batch = decoding.length.shape[0]
+    _check_sampling(model, batch, sampler, keys, stop)
+    done = jnp.zeros(batch, bool) if done is None else done
+    if done.shape != (batch,):
+        raise ValueError(f"`done` must hold one flag per member, {(batch,)}, got {done.shape}.")
+    # What is to be kept comes first: the rest, the decoding, is donated.
+    return _sample((model, sampler, keys, stop, steps, done), decoding)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _continue(
-    model: Transformer,
-    decoding: Decoding,
-    sampler: Sampler,
-    keys: Shaped[Array, "batch ..."] | None,
-    stop: int | None,
-    steps: int,
-) -> Generation:
-    batch = decoding.length.shape[0]
+def _sample(kept: tuple[Any, ...], decoding: Decoding) -> Generation:
+    model, sampler, keys, stop, steps, done = kept
     start = decoding.length
 
     def draw(decoding: Decoding) -> Int[Array, " batch"]:
@@ -121,54 +150,27 @@ def _continue(
             done = done | (token == stop)
         return place + 1, decoding, done, tokens.at[:, place].set(token)
 
-    tokens = jnp.full((batch, steps), 0 if stop is None else stop, jnp.int32)
-    carry = (jnp.zeros((), jnp.int32), decoding, jnp.zeros(batch, bool), tokens)
-    _, decoding, _, tokens = jax.lax.while_loop(
+    tokens = jnp.full((*start.shape, steps), 0 if stop is None else stop, jnp.int32)
+    carry = (jnp.zeros((), jnp.int32), decoding, done, tokens)
+    _, decoding, done, tokens = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & ~jnp.all(carry[2]), one, carry
     )
-    return Generation(tokens, decoding.length - start, decoding)
+    return Generation(tokens, decoding.length - start, done, decoding)
 
 
-class Entered(eqx.Module):
-    """What one router let in while decoding, prompt included.
-
-    **Attributes:**
-
-    - `share`: `[*layers, batch]`, tokens that entered per token that came; for experts, the experts
-        a token entered, on average.
-    - `trained`: the share it was trained with.
-    - `refused`: `[*layers, batch]`, tokens that asked and found the layer's slots full; `None` for
-        experts.
-    """
-
-    share: Float[Array, "*layers batch"]
-    trained: float = eqx.field(static=True)
-    refused: Int[Array, "*layers batch"] | None
-
-
-def entered(model: Transformer, decoding: Decoding) -> list[Entered]:
-    """What was computed, one record per router, in the order of `routers(model)`.
-
-    Read off the caches: they hold what entered a layer, and nothing else.
-    """
-    found: list[Entered] = []
-    for stack, caches in zip(model.stacks, decoding.caches, strict=True):
-        for layer, cache in zip(stack.layers, caches, strict=True):
-            own = routers(layer)
-            if isinstance(layer, MixtureOfDepths):
-                came = jnp.broadcast_to(decoding.length, cache.length.shape)
-                share = cache.length / jnp.maximum(came, 1)
-                found.append(Entered(share, float(own.pop(0).fraction), cache.refused))
-            found += _experts_entered(own, cache)
-    return found
-
-
-def _experts_entered(own: list[Router], cache: Cache) -> list[Entered]:
-    nodes = jax.tree.leaves(cache.left, is_leaf=lambda node: isinstance(node, Membership))
-    memberships = [node for node in nodes if isinstance(node, Membership)]
-    records = []
-    for router, node in zip(own, memberships, strict=True):
-        taken = node.taken & cache.info.valid[..., None]
-        share = jnp.sum(taken, axis=(-1, -2)) / jnp.maximum(cache.length, 1)
-        records.append(Entered(share, float(router.fraction * router.num_experts), None))
-    return records
+def _check_sampling(
+    model: Transformer,
+    batch: int,
+    sampler: Sampler,
+    keys: Shaped[Array, "batch ..."] | None,
+    stop: int | None,
+) -> None:
+    vocab = model.embedding.shape[0]
+    if stop is not None and not 0 <= stop < vocab:
+        raise ValueError(f"`stop` must be a token id from 0 to {vocab - 1}, got {stop}.")
+    if sampler.temperature > 0 and (keys is None or keys.shape[:1] != (batch,)):
+        raise ValueError(
+            f"`keys` must hold one key per member, {(batch,)}, where the temperature is above 0, "
+            f"got {'None' if keys is None else keys.shape}. `jax.random.split(key, batch)` makes "
+            "them."
+        )

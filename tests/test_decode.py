@@ -117,6 +117,8 @@ def test_after_several_hundred_steps() -> None:
     assert (jnp.argmax(logits[:, PROMPT - 1 : -1], axis=-1) == made.tokens).mean() > 0.99
     (found,) = mode.entered(model, made.decoding)
     assert_close(found.share, routing.num_filled / whole.shape[1])
+    assert (found.count == routing.selected[..., 0].astype(int)).all()
+    assert made.decoding.max_tokens == whole.shape[1]
 
 
 @pytest.mark.parametrize("wanted", [0, 3, 5])
@@ -207,6 +209,45 @@ def test_a_stop_token_ends_a_member() -> None:
     assert (made.decoding.length == PROMPT + made.lengths).all()
 
 
+def test_a_text_in_pieces_is_the_text() -> None:
+    """However its steps are split over calls, and keys survive the calls."""
+    model = causal("staged")
+    options = {"sampler": mode.Sampler(temperature=1.0), "keys": jax.random.split(KEY, BATCH)}
+    whole = mode.generate(model, texts()[:, :PROMPT], LENGTHS, steps=10, stop=7, **options)
+    decoding, done = mode.prefill(model, texts()[:, :PROMPT], LENGTHS, max_tokens=TOKENS), None
+    pieces = []
+    for steps in (1, 4, 5):
+        made = mode.sample(model, decoding, steps=steps, stop=7, done=done, **options)
+        decoding, done = made.decoding, made.done
+        pieces.append(made.tokens)
+    assert (jnp.concatenate(pieces, axis=1) == whole.tokens).all()
+    assert (made.done == whole.done).all()
+    assert whole.done.any()
+    assert not whole.done.all()
+    depth, experts = mode.entered(model, decoding)
+    both = mode.entered(model, whole.decoding)
+    assert (depth.count == both[0].count).all()
+    assert (experts.count == both[1].count).all()
+    # Inside, experts see what the depth let in, and nobody else.
+    assert (experts.count[depth.count == 0] == 0).all()
+    assert experts.count.any()
+
+
+def test_a_donated_cache_is_written_in_place() -> None:
+    """A step's own memory is a fraction of the caches: none of them is copied."""
+    model = mode.unrolled(causal("dense"))
+    decoding = mode.prefill(model, texts(32, PROMPT), max_tokens=1024)
+
+    def stepped(caches: Any, kept: Any) -> Any:
+        logits, length, tokens = kept
+        return mode.step(model, mode.Decoding(logits, length, caches, 1024), tokens).caches
+
+    arguments = (decoding.caches, (decoding.logits, decoding.length, texts(32)[:, 0]))
+    compiled = jax.jit(stepped, donate_argnums=0).lower(*arguments).compile()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(decoding.caches))
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 4
+
+
 def test_an_inactive_member_stays_where_it_is() -> None:
     model = causal("mod")
     active = jnp.array([True, False, True, False, True])
@@ -264,6 +305,11 @@ def top_k() -> mode.Transformer:
     return mode.mod_decoder(VOCAB, DIM, 2, 2, key=KEY)
 
 
+@functools.cache
+def deep() -> mode.Transformer:
+    return mode.causal(mode.mod_decoder(VOCAB, DIM, 4, 2, key=KEY))
+
+
 def random() -> mode.Transformer:
     return mode.map_routers(
         lambda r: eqx.tree_at(lambda r: r.select, r, mode.RandomChoice()), top_k()
@@ -281,9 +327,9 @@ def generate(tokens: Any = None, **options: Any) -> Any:
     return mode.generate(mode.causal(top_k()), tokens, **{"steps": 2, **options})
 
 
-def other_model() -> Any:
-    deeper = mode.causal(mode.mod_decoder(VOCAB, DIM, 4, 2, key=KEY))
-    return mode.step(deeper, prefill(), texts()[:, 0])
+def other_model(depth: int = 2, **options: Any) -> Any:
+    other = mode.causal(mode.mod_decoder(VOCAB, DIM, depth, 2, key=KEY, **options))
+    return mode.step(other, prefill(), texts()[:, 0])
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -331,7 +377,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"`keys` must hold one key per member, \(5,\).*got \(\)",
     ),
     "an unknown stop": (lambda: generate(stop=VOCAB), r"`stop` must be a token id .*got 32"),
-    "another model": (other_model, r"`decoding` must have been made by `prefill` with the same"),
+    "another depth": (
+        lambda: other_model(4),
+        r"`decoding` must have been made by `prefill` with the same .*\(2, 5, 2, 16, 8\), got \(1",
+    ),
+    "another width of keys": (
+        lambda: other_model(num_kv_heads=1),
+        r"`decoding` must have been made by .* \(1, 5, 1, 16, 8\), got \(1, 5, 2, 16, 8\)",
+    ),
+    "the same, unrolled": (
+        lambda: mode.step(mode.unrolled(deep()), prefill(deep()), texts()[:, 0]),
+        r"`decoding` must have been made by .*`unrolled`",
+    ),
+    "flags of others": (
+        lambda: mode.sample(mode.causal(top_k()), prefill(), steps=1, done=jnp.zeros(2, bool)),
+        r"`done` must hold one flag per member, \(5,\), got \(2,\)",
+    ),
     "another batch": (
         lambda: mode.step(mode.causal(top_k()), prefill(), texts()[:2, 0]),
         r"`tokens` must hold one token per member of `decoding`, \(5,\), got \(2,\)",
