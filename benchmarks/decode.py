@@ -1,9 +1,11 @@
 """Decoding: a model with every other layer routed at capacity 0.125 against the dense one.
 
-Same depth, width and, for routed layers, caches of `LIMIT` of the tokens. Routing is what a
-calibrated running quantile makes of hidden states: demand is uneven, as it is in use. A step
-computes attention over all slots of a cache, filled or not, so that its time does not depend on how
-far the text has come: prompts are short here.
+Same depth, width and, for routed layers, caches of `LIMIT` of the tokens. Routing is what a running
+quantile makes of hidden states, its rate set to the trained share: demand is uneven, over time and
+members, as it is in use. A step computes attention over all slots of a cache, filled or not, so
+that its time does not depend on how far the text has come: prompts are short here. In the worst
+case every member wants every block at every step. Where the caches of both models would not fit
+into `--gigabytes`, several query heads share a key-value head; the table says how many there are.
 
     python benchmarks/decode.py
 """
@@ -80,6 +82,14 @@ class Run:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.decoding.caches))
 
 
+def fitting_kv_heads(kv_heads: int, batch: int, cache: int, gigabytes: float) -> int:
+    """The most key-value heads, halving, whose caches fit: the dense model's and the others'."""
+    tokens = batch * cache * DEPTH * (2.2 if batch <= WORST_UP_TO else 1.6)
+    while kv_heads > 1 and tokens * 2 * kv_heads * (DIM // HEADS) * 4 > gigabytes * 1e9:
+        kv_heads //= 2
+    return kv_heads
+
+
 def measure(kv_heads: int, batch: int, cache: int, rounds: int) -> bool:
     length = PROMPT + STEPS * (rounds + 1)
     text = jax.random.randint(jax.random.key(1), (batch, length), 0, VOCAB)
@@ -108,6 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--caches", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--kv-heads", type=int, default=HEADS)
+    parser.add_argument("--gigabytes", type=float, default=10.0)
     options = parser.parse_args()
     timing.header()
     began = time.perf_counter()
@@ -116,7 +127,12 @@ if __name__ == "__main__":
     )
     print("|---" * 9 + "|")
     held = [
-        measure(options.kv_heads, batch, cache, options.rounds)
+        measure(
+            fitting_kv_heads(options.kv_heads, batch, cache, options.gigabytes),
+            batch,
+            cache,
+            options.rounds,
+        )
         for cache in options.caches
         for batch in options.batches
     ]

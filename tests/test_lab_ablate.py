@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 import mode
-from mode.lab import ablate, arms, budget, evaluate, store, train
+from mode.lab import ablate, arms, budget, evaluate, files, store, train
 from mode.lab.__main__ import main
 from mode.lab.data import Batch, batches, held_out_batches, read_corpus
 
@@ -244,7 +244,7 @@ def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
     assert "seed: 0 there, 7 asked for" in message
     assert "size.dim" not in message
     assert main(["report", "--out", str(tmp_path / "nowhere")]) == 2
-    assert "`out` must be the folder of a run" in capsys.readouterr().err
+    assert "the folder of a run was expected, got" in capsys.readouterr().err
     assert main([*command[:4], str(tmp_path / "no*file"), "--out", str(tmp_path / "new")]) == 2
     assert "`data` must match at least one file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -252,31 +252,31 @@ def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
 
 def test_a_changed_corpus_is_another_configuration(tmp_path):
     settings = {"seed": 0, "corpus": "a", "size": {"dim": 8}}
-    store.claim(tmp_path / "run", settings)
-    store.claim(tmp_path / "run", settings)
+    files.claim(tmp_path / "run", settings)
+    files.claim(tmp_path / "run", settings)
     with pytest.raises(ValueError, match="corpus: a there, b asked for"):
-        store.claim(tmp_path / "run", {**settings, "corpus": "b"})
+        files.claim(tmp_path / "run", {**settings, "corpus": "b"})
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`out` must be a folder"):
-        store.claim(tmp_path / "file", settings)
+        files.claim(tmp_path / "file", settings)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "record.json"
-    store.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
 
     def broken(beside):
         beside.write_text('{"new":')
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        store.write_atomically(path, broken)
+        files.write_atomically(path, broken)
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == sorted([".record.json.part", "record.json"])
 
 
 def test_no_finished_arm_is_no_report(tmp_path):
-    store.claim(tmp_path, ablate.Ablation().settings())
+    files.claim(tmp_path, ablate.Ablation().settings())
     with pytest.raises(ValueError, match="at least one finished arm"):
         ablate.report(tmp_path, Console(file=io.StringIO()))
 

@@ -1,12 +1,15 @@
 """The command `mode-lab`."""
 
+import functools
 import sys
 from importlib.util import find_spec
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one subcommand. Mistakes of the user print as a message and give exit code 2."""
-    missing = [name for name in ("grain", "matplotlib", "rich", "tyro") if find_spec(name) is None]
+    missing = [
+        name for name in ("grain", "matplotlib", "orbax", "rich", "tyro") if find_spec(name) is None
+    ]
     if missing:
         print(
             f"mode-lab needs {', '.join(missing)}, which the extra `lab` installs:\n"
@@ -19,18 +22,32 @@ def main(args: list[str] | None = None) -> int:
     from rich.console import Console
 
     from .ablate import Ablation, Rereport, report, run_ablation
+    from .generate import Generating, run_generation
+    from .run import Training, run_training
 
-    commands = {"ablate": Ablation, "report": Rereport}
+    commands = {
+        "ablate": Ablation,
+        "report": Rereport,
+        "train": Training,
+        "generate": Generating,
+    }
     asked = tyro.extras.subcommand_cli_from_dict(
         commands, prog="mode-lab", description="Routing experiments with `mode`.", args=args
     )
     # Where nobody looks at a terminal, tables get the width they need.
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        if isinstance(asked, Ablation):
-            run_ablation(asked, console)
-        else:
-            report(asked.out, console)
+        match asked:
+            case Ablation():
+                run_ablation(asked, console)
+            case Training():
+                run_training(asked, console)
+            case Generating():
+                # The text alone goes where a pipe would read it.
+                write = functools.partial(print, end="", flush=True)
+                run_generation(asked, write, Console(stderr=True))
+            case _:
+                report(asked.out, console)
     except (ValueError, FloatingPointError) as error:
         print(f"mode-lab: {error}", file=sys.stderr)
         return 2

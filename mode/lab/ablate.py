@@ -2,14 +2,12 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import equinox as eqx
 import jax
-import rich.progress
 import tyro
 from rich.console import Console
 
@@ -19,8 +17,10 @@ from .arms import NAMES, Arm, Size, arms_help, arms_named
 from .budget import flops_per_step, forward_flops_per_token, steps_for, training_budget
 from .data import Corpus, Sample, held_out_batches, read_corpus
 from .evaluate import evaluate, routing_sample
+from .files import claim, read_settings
+from .progress import progress
 from .report import write_report
-from .store import ArmResult, claim, load_result, read_settings, save_arm
+from .store import ArmResult, load_result, save_arm
 from .train import Recipe, Watch, train
 
 
@@ -89,7 +89,7 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
     for arm in arms:
         if arm not in pending:
             console.print(f"{arm.name}: finished before, kept.", highlight=False)
-    with _progress(console, len(pending)) as bars:
+    with progress(console, len(pending)) as bars:
         for arm in pending:
             with bars.arm(arm.name, steps[arm.name]) as watch:
                 result = _run_arm(
@@ -170,48 +170,3 @@ def command_of(settings: dict[str, Any], out: Path, arms: Sequence[str] = NAMES)
         elif name in default and value != default[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
-
-
-class _Bars:
-    """One bar for the arm that is training and one for all of them."""
-
-    def __init__(self, progress: rich.progress.Progress, count: int):
-        self.progress = progress
-        self.count = count
-        self.done = 0
-        self.total = progress.add_task("all arms", total=count, note="")
-
-    @contextmanager
-    def arm(self, name: str, steps: int) -> Iterator[Watch]:
-        bar = self.progress.add_task(name, total=steps, note="compiling")
-
-        def watch(taken: int, loss: float) -> None:
-            note = f"step {taken} of {steps}, {loss:.3f} bits per byte"
-            self.progress.update(bar, completed=taken, note=note)
-            self.progress.update(
-                self.total,
-                completed=self.done + taken / steps,
-                note=f"arm {self.done + 1} of {self.count}",
-            )
-
-        yield watch
-        self.done += 1
-        self.progress.remove_task(bar)
-
-
-@contextmanager
-def _progress(console: Console, count: int) -> Iterator[_Bars]:
-    progress = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description:15}"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("left"),
-        console=console,
-        transient=True,
-        speed_estimate_period=120,
-        # A bar in a log file is noise; the line of each finished arm is printed either way.
-        disable=not console.is_terminal,
-    )
-    with progress:
-        yield _Bars(progress, count)

@@ -1,4 +1,4 @@
-"""Loss curves, and the routing map: which tokens each routed layer took, over the text itself."""
+"""Loss curves, and routing maps: which tokens each routed layer took, over the text itself."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,8 @@ _INK, _PALE = "#333333", "#F0F0EE"
 _AGREEMENT = (_PALE, "#E69F00", "#56B4E9", "#00507D")
 # Experts that took a token: none, one, two, three or more.
 _COUNTS = (_PALE, "#BFDCCB", "#5FB08A", "#00694A")
+# Of a generated text: bytes in a line, and lines shown.
+_WIDTH, _LINES = 80, 12
 _SYMBOLS = {ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u2192", DOCUMENT_START: "\u25b6"}
 
 
@@ -123,6 +125,43 @@ def plot_routing(path: Path, maps: Mapping[str, Mapping[str, np.ndarray]]) -> No
         + [Patch(facecolor=c, label=label) for c, label in zip(_COUNTS, experts, strict=True)],
         loc="outside lower left",
         ncols=8,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.savefig(path, format="png")
+
+
+def plot_generated(
+    path: Path,
+    tokens: Int[np.ndarray, " tokens"],
+    counts: Int[np.ndarray, "layers tokens"],
+    prompt: int,
+) -> None:
+    """A text line by line, and over it which of its bytes each routed layer computed.
+
+    **Arguments:**
+
+    - `path`: the PNG to write.
+    - `counts`: how many of a router's choices computed each token.
+    - `prompt`: how many of the tokens were given.
+    """
+    experts = counts.max() > 1
+    colours = _COUNTS if experts else (_PALE, _AGREEMENT[3])
+    starts = range(0, min(len(tokens), _LINES * _WIDTH), _WIDTH)
+    width = min(len(tokens), _WIDTH)
+    height = 0.2 * (len(counts) + 2.2) * len(starts)
+    figure = Figure(figsize=(0.165 * width + 1.6, height + 0.9), dpi=150, layout="constrained")
+    for place, start in enumerate(starts):
+        axes = figure.add_subplot(len(starts), 1, place + 1)
+        part = slice(start, start + _WIDTH)
+        given = f"from byte {start}" + (f", the first {prompt} given" if start < prompt else "")
+        _draw_map(axes, np.minimum(counts[:, part], 3), tokens[part], colours, given)
+        axes.set_xlim(0, width)
+    labels = ["no expert", "1", "2", "3 or more"] if experts else ["passed by", "computed"]
+    figure.legend(
+        handles=[Patch(facecolor=c, label=label) for c, label in zip(colours, labels, strict=True)],
+        loc="outside lower left",
+        ncols=4,
         frameon=False,
         fontsize=9,
     )

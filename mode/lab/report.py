@@ -13,8 +13,9 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from .files import write_atomically, write_json, write_text
 from .plots import plot_curves, plot_routing
-from .store import ArmResult, load_sample, write_atomically, write_json, write_text
+from .store import ArmResult, load_sample
 
 
 _COLUMNS = (

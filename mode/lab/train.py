@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -56,6 +56,30 @@ class TrainState(eqx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands: with it, training goes on as if it had not been interrupted.
+
+    **Attributes:**
+
+    - `state`: under the selectors it was built with.
+    - `stream`: where the data stands, as the iterator says it.
+    - `losses`: of every step so far, in bits per byte.
+    """
+
+    state: TrainState
+    stream: dict[str, Any]
+    losses: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Told how a run stands every so many steps, and at the end."""
+
+    every: int
+    save: Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """What training an arm gave.
 
@@ -64,7 +88,7 @@ class Trained:
     - `model`: with the selectors it was built with.
     - `losses`: of every step, in bits per byte.
     - `step_seconds`: median time of a step, compilation left out.
-    - `seconds`: of the whole training, compilation included.
+    - `seconds`: of the training since it was last begun, compilation included.
     """
 
     model: mode.Transformer
@@ -136,6 +160,15 @@ def make_step(
     return step
 
 
+def begin(arm: Arm, size: Size, recipe: Recipe, *, steps: int, seed: int) -> TrainState:
+    """The state before the first of `steps` steps."""
+    model_key, run_key = jax.random.split(jax.random.key(seed))
+    built = arm.build(size, key=model_key)
+    parameters = eqx.filter(built, mode.trainable(built))
+    optimizer = make_optimizer(recipe, steps)
+    return TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+
+
 def train(
     arm: Arm,
     size: Size,
@@ -145,6 +178,8 @@ def train(
     steps: int,
     seed: int,
     watch: Watch,
+    progress: Progress | None = None,
+    saving: Saving | None = None,
 ) -> Trained:
     """Train `arm` for exactly `steps` steps.
 
@@ -154,47 +189,68 @@ def train(
     - `steps`: at least 2.
     - `seed`: of parameters, data order and random routing; arms with one seed see one data order.
     - `watch`: called every few steps.
+    - `progress`: where an earlier run of the same arguments stood; every loss and parameter comes
+        out as it would have without the interruption.
+    - `saving`: keeps the progress.
 
     **Raises:** `FloatingPointError` where the loss is not finite.
     """
     began = time.perf_counter()
-    model_key, run_key = jax.random.split(jax.random.key(seed))
-    built = arm.build(size, key=model_key)
-    optimizer = make_optimizer(recipe, steps)
-    parameters = eqx.filter(built, mode.trainable(built))
-    state = TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+    state = begin(arm, size, recipe, steps=steps, seed=seed) if progress is None else progress.state
     # The last part may be trained under other selectors; the model is returned under its own.
-    structure = jax.tree.structure(built)
+    structure = jax.tree.structure(state)
     stream = batches(documents, length=size.length, batch=size.batch, seed=seed)
-    step = make_step(arm, optimizer)
-    change = arm.change(steps)
     losses: list[float] = []
+    if progress is not None:
+        stream.set_state(progress.stream)
+        losses += progress.losses
+    step = make_step(arm, make_optimizer(recipe, steps))
+    change = arm.change(steps)
+    looks = (_LOOK,) if saving is None else (_LOOK, saving.every)
+    taken = len(losses)
     times: list[float] = []
     for first, last in ((0, change), (change, steps)):
-        if first == last:
-            continue
         if first:
             state = mode.causal(state, by=arm.rule, limit=None)
-        taken = first
+        started = max(first, taken)
         while taken < last:
             # The first step of a phase compiles, and is looked at alone.
-            count = 1 if taken == first else min(_LOOK, last - taken)
+            stop = taken + 1 if taken == started else min(last, *(_after(taken, n) for n in looks))
             start = time.perf_counter()
-            latest = []
-            for _ in range(count):
-                state, loss = step(next(stream), state)
-                latest.append(loss)
-            losses += [float(loss) / math.log(2) for loss in latest]
-            if taken > first:
-                times.append((time.perf_counter() - start) / count)
-            taken += count
+            state, latest = _take(step, state, stream, stop - taken)
+            if taken > started:
+                times.append((time.perf_counter() - start) / len(latest))
+            losses += latest
+            taken = stop
             _check_finite(arm, losses, taken)
             watch(taken, losses[-1])
-    model = jax.tree.unflatten(structure, jax.tree.leaves(state.model))
+            if saving is not None and (taken % saving.every == 0 or taken == steps):
+                own = jax.tree.unflatten(structure, jax.tree.leaves(state))
+                saving.save(Progress(own, stream.get_state(), list(losses)))
+    model = jax.tree.unflatten(structure, jax.tree.leaves(state)).model
     seconds = time.perf_counter() - began
     # Of a run so short that every step compiled, the mean of those.
     step_seconds = sorted(times)[len(times) // 2] if times else seconds / steps
     return Trained(model, losses, step_seconds, seconds)
+
+
+def _after(taken: int, every: int) -> int:
+    """The next multiple of `every`."""
+    return (taken // every + 1) * every
+
+
+def _take(
+    step: Callable[[dict[str, Any], TrainState], tuple[TrainState, Float[Array, ""]]],
+    state: TrainState,
+    stream: Iterator[Any],
+    count: int,
+) -> tuple[TrainState, list[float]]:
+    """So many steps, and their losses in bits per byte: waits for the device once, at the end."""
+    losses = []
+    for _ in range(count):
+        state, loss = step(next(stream), state)
+        losses.append(loss)
+    return state, [float(loss) / math.log(2) for loss in losses]
 
 
 def _check_finite(arm: Arm, losses: list[float], taken: int) -> None:

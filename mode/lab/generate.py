@@ -1,0 +1,161 @@
+"""Text from a checkpoint, as it comes, and what was computed for it: `mode-lab generate`."""
+
+import codecs
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+import mode
+
+from .arms import Arm
+from .data import DOCUMENT_START
+from .files import write_atomically
+from .plots import plot_generated
+from .run import load_run
+
+
+# Bytes per call: few enough that text appears to flow, enough that calls cost nothing.
+_PIECE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generating:
+    """Continue a text with a trained model, byte by byte, and say what was computed for it."""
+
+    checkpoint: Path = Path("runs/train")
+    """Folder of a `mode-lab train` run; its newest checkpoint is taken."""
+    prompt: str = ""
+    """Text to continue. By default a new document begins."""
+    steps: int = 256
+    """Bytes to generate, at most: the end of the document ends the text."""
+    temperature: float = 0.8
+    """0 takes the likeliest byte, 1 samples from the model's own distribution."""
+    top_k: int | None = None
+    """Sample from so many likeliest bytes."""
+    top_p: float = 1.0
+    """Sample from the likeliest bytes that together have this probability."""
+    limit: float = 1.0
+    """Largest share of the text that a routed layer may take: the size of its cache. Tokens that
+    find it full go around the block, and are counted."""
+    seed: int = 0
+    """Of the sampling."""
+    plot: Path | None = None
+    """PNG of which bytes each routed layer computed; by default `generated.png` in the run's
+    folder."""
+
+
+def run_generation(
+    generating: Generating, write: Callable[[str], object], console: Console
+) -> None:
+    """`write` text as it comes; print speed, realised compute and the plot's place to `console`.
+
+    **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
+    """
+    sampler = mode.Sampler(generating.temperature, generating.top_k, generating.top_p)
+    if generating.steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {generating.steps}.")
+    arm, size, taken, trained = load_run(generating.checkpoint, console)
+    limit = generating.limit
+    model = mode.unrolled(mode.causal(trained, by=arm.rule, limit=limit))
+    console.print(f"{arm.name} after {taken} steps", highlight=False)
+    prompt = [DOCUMENT_START, *generating.prompt.encode("utf-8", "surrogateescape")]
+    total = len(prompt) + generating.steps
+    if total > size.length:
+        console.print(
+            f"{total} bytes are more than the {size.length} it saw at once in training: text may "
+            "get worse, and layers may take another share, from there on.",
+            highlight=False,
+        )
+    pieces = _Pieces(model, prompt, generating.steps, sampler, generating.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    write(generating.prompt)
+    for piece in pieces:
+        text = bytes(token for token in piece if token != DOCUMENT_START)
+        write(decoder.decode(text))
+    write(decoder.decode(b"", final=True) + "\n")
+    console.print(
+        f"{len(pieces.tokens)} bytes; after the first {_PIECE}, which compile, "
+        f"{pieces.speed:.0f} a second",
+        highlight=False,
+    )
+    found = mode.entered(model, pieces.decoding)
+    if not found:
+        console.print("every layer computed every byte: nothing is routed", highlight=False)
+        return
+    console.print(_table(found))
+    path = generating.plot or generating.checkpoint / "generated.png"
+    tokens = np.array([*prompt, *pieces.tokens])
+    counts = np.concatenate([np.asarray(part.count[:, 0]) for part in _outermost(arm, found)])
+    write_atomically(
+        path, lambda beside: plot_generated(beside, tokens, counts[:, : len(tokens)], len(prompt))
+    )
+    console.print(f"what was computed for which byte: {path}", highlight=False)
+
+
+class _Pieces:
+    """The generated tokens, piece by piece; afterwards their speed, and where the text stands."""
+
+    def __init__(
+        self,
+        model: mode.Transformer,
+        prompt: list[int],
+        steps: int,
+        sampler: mode.Sampler,
+        seed: int,
+    ):
+        self.model = model
+        self.steps = steps
+        self.sampler = sampler
+        self.keys = jax.random.key(seed)[None]
+        # Whole pieces are computed, so that one program serves them all.
+        room = len(prompt) + -(-steps // _PIECE) * _PIECE
+        self.decoding = mode.prefill(model, jnp.array([prompt]), max_tokens=room)
+        self.tokens: list[int] = []
+        self.speed = float("nan")
+
+    def __iter__(self) -> Iterator[list[int]]:
+        done = None
+        after, began = 0, time.perf_counter()
+        while len(self.tokens) < self.steps and not (done is not None and bool(done[0])):
+            made = mode.sample(
+                self.model,
+                self.decoding,
+                steps=_PIECE,
+                sampler=self.sampler,
+                keys=self.keys,
+                stop=DOCUMENT_START,
+                done=done if done is not None else jnp.zeros(1, bool),
+            )
+            self.decoding, done = made.decoding, made.done
+            piece = made.tokens[0, : int(made.lengths[0])].tolist()
+            piece = piece[: self.steps - len(self.tokens)]
+            if not self.tokens:
+                after, began = len(piece), time.perf_counter()
+            self.tokens += piece
+            yield piece
+        computed = len(self.tokens) - after
+        self.speed = computed / (time.perf_counter() - began) if computed else float("nan")
+
+
+def _outermost(arm: Arm, found: list[mode.Entered]) -> list[mode.Entered]:
+    """Of nested routers the outer: one in two of a staged arm's records."""
+    return found[::2] if arm.name == "mode-staged" else found
+
+
+def _table(found: list[mode.Entered]) -> Table:
+    table = Table(box=rich.box.SIMPLE)
+    table.add_column("router")
+    for name in ("computed, of the bytes", "trained for", "turned away"):
+        table.add_column(name, justify="right")
+    for place, part in enumerate(found, 1):
+        refused = "-" if part.refused is None else str(int(part.refused[0, 0]))
+        table.add_row(str(place), f"{float(part.share[0, 0]):.3f}", f"{part.trained:.3f}", refused)
+    return table
