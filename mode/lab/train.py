@@ -210,6 +210,8 @@ def train(
     taken = len(losses)
     times: list[float] = []
     for first, last in ((0, change), (change, steps)):
+        if taken >= last:
+            continue
         if first:
             state = mode.causal(state, by=arm.rule, limit=None)
         started = max(first, taken)
