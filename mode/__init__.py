@@ -93,6 +93,13 @@ from ._select import (
     TokenChoice as TokenChoice,
     first_come as first_come,
 )
+from ._sharding import (
+    BATCH as BATCH,
+    DECODING as DECODING,
+    PARAMETERS as PARAMETERS,
+    Rule as Rule,
+    placement as placement,
+)
 from ._state import (
     for_each_router as for_each_router,
     map_routers as map_routers,

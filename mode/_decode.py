@@ -20,6 +20,7 @@ from ._capacity import check_count
 from ._decoder import Stack, Transformer
 from ._info import TokenInfo
 from ._select import AbstractTokenwise
+from ._sharding import along_batch, gathered
 from ._state import routers
 
 
@@ -198,10 +199,10 @@ def _extend(
     ) -> tuple[Float[Array, "batch new dim"], tuple[Added, ...]]:
         arrays, pasts = one
         gained = []
-        for layer, past in zip(eqx.combine(arrays, rest), pasts, strict=True):
+        for layer, past in zip(eqx.combine(gathered(arrays), rest), pasts, strict=True):
             x, added = extend_block(layer, x, info, past)
             gained.append(added)
-        return x, tuple(gained)
+        return along_batch(x), tuple(gained)
 
     return jax.lax.scan(repeat, x, (arrays, pasts), length=stack.repeats, unroll=stack.repeats == 1)
 

@@ -25,6 +25,7 @@ from ._info import TokenInfo, resolve_info
 from ._linear import Linear, RMSNorm, project
 from ._precision import float32_or_wider
 from ._router import Predictor
+from ._sharding import along_batch, gathered
 from ._transformer import TransformerBlock
 
 
@@ -62,10 +63,10 @@ class Stack(AbstractLayer):
         ) -> tuple[Float[Array, "*groups tokens dim"], Routings]:
             arrays, keys = step
             routings: Routings = ()
-            for place, layer in enumerate(eqx.combine(arrays, rest)):
+            for place, layer in enumerate(eqx.combine(gathered(arrays), rest)):
                 x, routed = layer(x, info, key=None if keys is None else keys[place])
                 routings += routed
-            return x, routings
+            return along_batch(x), routings
 
         if self.remat:
             repeat = jax.checkpoint(repeat, prevent_cse=False)  # pyright: ignore
@@ -136,10 +137,12 @@ class Transformer(eqx.Module):
     def embed(self, tokens: Int[Array, "*groups tokens"]) -> Float[Array, "*groups tokens dim"]:
         """Hidden states of token ids, as the first layer takes them."""
         # NaN for an id that does not exist: clamping it, as indexing does, would go unnoticed.
-        rows = self.embedding.at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        rows = (
+            gathered(self.embedding)
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
-        return rows.astype(self.dtype) * self.embedding.shape[-1] ** 0.5
+        return along_batch(rows.astype(self.dtype) * self.embedding.shape[-1] ** 0.5)
 
     def __call__(
         self,
@@ -170,8 +173,9 @@ class Transformer(eqx.Module):
         """Logits, float32 or wider, of hidden states as the last layer returns them."""
         with jax.named_scope("mode.logits"):
             x = self.norm(x)
-            logits = project(x, self.embedding.T) if self.head is None else self.head(x)
-            return logits.astype(float32_or_wider(x.dtype))
+            embedding, head = gathered((self.embedding, self.head))
+            logits = project(x, embedding.T) if head is None else head(x)
+            return along_batch(logits.astype(float32_or_wider(x.dtype)))
 
 
 def _make_layer(make: MakeLayer, key: PRNGKeyArray) -> Layer:

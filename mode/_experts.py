@@ -20,6 +20,7 @@ from ._precision import cast_parameters
 from ._router import ROUTER_STD, Admission, Predictor, Router
 from ._routing import Routing
 from ._select import AbstractSelector, ExpertChoice
+from ._sharding import to_experts, to_groups
 
 
 Expert = Callable[[Float[Array, " dim"]], Float[Array, " dim"]]
@@ -147,9 +148,9 @@ class MixtureOfExperts(AbstractBlock):
         shared_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*groups tokens dim"]:
         """What the experts make of the tokens they took, and the shared ones of all."""
-        slots = dispatch(x, routing)
+        slots = to_experts(dispatch(x, routing))
         rows = slots.reshape(slots.shape[0], -1, slots.shape[-1])
-        updates = _apply(self.experts, rows, 0, expert_key).reshape(slots.shape)
+        updates = to_groups(_apply(self.experts, rows, 0, expert_key).reshape(slots.shape))
         # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
         update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
         return self._with_shared(update, x, info, shared_key)

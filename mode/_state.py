@@ -54,7 +54,8 @@ def trainable(model: PyTree) -> PyTree[bool]:
     """A filter for `eqx.partition`: true for the parameters, false for router state and the rest.
 
     `eqx.is_inexact_array` alone would hand an optimizer the router state as well: its gradient is
-    0, but weight decay would pull thresholds and biases to 0.
+    0, but weight decay would pull thresholds and biases to 0. Of a model's shapes alone
+    (`equinox.filter_eval_shape`) it says the same.
 
     >>> import equinox as eqx, jax, mode
     >>> model = mode.mod_decoder(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
@@ -66,7 +67,8 @@ def trainable(model: PyTree) -> PyTree[bool]:
     def decide(node: PyTree) -> PyTree[bool]:
         if isinstance(node, RouterState):
             return jax.tree.map(lambda _: False, node)
-        return eqx.is_inexact_array(node)
+        shaped = eqx.is_array(node) or isinstance(node, jax.ShapeDtypeStruct)
+        return shaped and jnp.issubdtype(node.dtype, jnp.inexact)
 
     return jax.tree.map(decide, model, is_leaf=lambda node: isinstance(node, RouterState))
 

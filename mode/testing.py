@@ -2,6 +2,7 @@
 
 Each draws its own inputs: hidden states where `dim` is given, token ids where `vocab` is. Each
 raises `AssertionError`, saying what differed and where. Our own tests call them too.
+`compiles_for` goes further: it runs the compilers of TPU and GPU, on any machine.
 
 >>> import jax, mode
 >>> block = mode.TransformerBlock(32, num_heads=4, key=jax.random.key(0))
@@ -25,6 +26,12 @@ from ._capacity import token_capacity
 from ._router import Router
 from ._routing import Routing
 from ._state import routers, trainable, update_state
+from ._targets import (
+    Collective as Collective,
+    Compiled as Compiled,
+    compiles_for as compiles_for,
+    mesh_for as mesh_for,
+)
 
 
 Model = Callable[..., tuple[Array, tuple[Routing, ...]]]
