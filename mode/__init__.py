@@ -16,7 +16,7 @@
 - **Surgery**: `routers`, `map_routers`, `for_each_router`. **Checks**: `mode.testing`.
 """
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from . import testing as testing
 from ._adapt import Delta as Delta, PositionWise as PositionWise
@@ -30,11 +30,10 @@ from ._block import (
     AbstractLayer as AbstractLayer,
     Residual as Residual,
 )
-from ._cache import Added as Added, Cache as Cache, Past as Past
+from ._cache import Added as Added, Cache as Cache, Decoding as Decoding, Past as Past
 from ._capacity import token_capacity as token_capacity
 from ._causal import causal as causal, causal_membership as causal_membership
 from ._decode import (
-    Decoding as Decoding,
     prefill as prefill,
     step as step,
     unrolled as unrolled,
@@ -117,4 +116,4 @@ from ._threshold import (
 from ._transformer import Attention as Attention, TransformerBlock as TransformerBlock
 
 
-__version__ = importlib.metadata.version("mode-jax")
+__version__ = _version("mode-jax")

@@ -1,18 +1,9 @@
 """What tokens leave behind for later ones: the contract of decoding, and the caches that keep it.
 
-A block decodes by one method more, which does for new tokens what `__call__` does for whole
-sequences:
-
-    extend(x, info, past) -> (update, left)
-
-- `x`, `info`: new tokens, `[batch, new, dim]`, in time order; padding is segment 0.
-- `past`: a `Past`, what earlier tokens of each member left behind in this block.
-- `left`: any tree of arrays `[batch, ..., new, features]`, such as keys and values: what later
-  tokens will find in their `past.left`, with all tokens so far on that last but one axis.
-  `()` for a block in which no token looks at another.
-
-Everything else is the library's: how large a cache is, where a token is written, which members of
-the batch run. A layer does the same with hidden states, and says in `Added` which tokens it took.
+A block decodes by one method more, `extend`, which does for new tokens what `__call__` does for
+whole sequences: `Past` says how. Everything else is the library's: how large a cache is, where a
+token is written, which members of the batch run. A layer does the same with hidden states, and says
+in `Added` which tokens it took.
 """
 
 from typing import Any
@@ -28,10 +19,38 @@ from ._info import TokenInfo
 class Past(eqx.Module):
     """What earlier tokens left behind in one block; nothing at first.
 
+    A block that decodes has a method `extend(x, info, past) -> (update, left)`:
+
+    - `x`, `info`: new tokens, `[batch, new, dim]`, in time order. With an empty past they are the
+        first, of any number; after others there is one. Padding, behind the real tokens, has
+        segment 0.
+    - `update`: as `__call__` returns it, `[batch, new, dim]`.
+    - `left`: a tree of arrays `[batch, ..., new, features]`: of the new tokens, what later ones
+        need. `()` where no token looks at another.
+
+    This one adds the mean of all tokens so far:
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, mode
+    >>> class Mean(eqx.Module):
+    ...     def __call__(self, x, info, *, key=None):
+    ...         return self.extend(x, info, mode.Past.nothing(0))[0], ()
+    ...     def extend(self, x, info, past):
+    ...         real = jnp.where(info.valid[..., None], x, 0)
+    ...         total, count = jnp.cumsum(real, 1), jnp.cumsum(info.valid, 1)
+    ...         if not past.is_empty:  # known when the program is traced
+    ...             held = jnp.where(past.info.valid[..., None], past.left, 0)  # slots may be empty
+    ...             total += held.sum(1, keepdims=True)
+    ...             count += past.info.valid.sum(1, keepdims=True)
+    ...         return total / jnp.maximum(count, 1).astype(x.dtype)[..., None], real
+    >>> make = lambda key: mode.MixtureOfDepths(Mean(), 32, capacity=0.5, key=key)
+    >>> model = mode.causal(mode.Transformer(256, 32, [make] * 2, key=jax.random.key(0)))
+    >>> mode.testing.assert_decodes(model, vocab=256)
+
     **Attributes:**
 
-    - `left`: the tree of arrays that the block returned, `[batch, ..., slots, features]`; `None`
-        where the new tokens are the first.
+    - `left`: the tree of arrays that the block returned, `[batch, ..., slots, features]`: of the
+        tokens so far, in time order, and then of empty slots; `None` where the new tokens are the
+        first.
     - `info`: positions and segments of those tokens, `[batch, slots]`, segment 0 where the slot is
         empty; `None` with `left`.
     - `slots`: how many tokens this block will hold in all, a Python integer.
@@ -142,6 +161,28 @@ class Cache(eqx.Module):
         )
 
 
+Caches = tuple[tuple[Cache, ...], ...]
+
+
+class Decoding(eqx.Module):
+    """Where a batch stands: all that the next step needs, the model apart.
+
+    `step` and `sample` write its arrays in place (they are donated): go on from their results.
+
+    **Attributes:**
+
+    - `logits`: `[batch, vocab]`, of the next token of each member; float32 or wider.
+    - `length`: `[batch]`, tokens of each member so far.
+    - `caches`: one `Cache` per layer of each stack of the model, with an axis of repeats first.
+    - `max_tokens`: how many tokens a member may have in all.
+    """
+
+    logits: Float[Array, "batch vocab"]
+    length: Int[Array, " batch"]
+    caches: Caches
+    max_tokens: int = eqx.field(static=True)
+
+
 def _taken(added: Added) -> Int[Array, "*layers batch"]:
     return jnp.sum(added.info.valid, axis=-1, dtype=jnp.int32)
 
@@ -149,14 +190,48 @@ def _taken(added: Added) -> Int[Array, "*layers batch"]:
 def extend_block(
     block: Any, x: Float[Array, "batch new dim"], info: TokenInfo, past: Past
 ) -> tuple[Float[Array, "batch new dim"], PyTree]:
-    """`block.extend(x, info, past)`.
+    """`block.extend(x, info, past)`, held to the contract.
 
-    **Raises:** `ValueError` for a block, or a layer, that has no such method.
+    **Raises:** `ValueError` for a block, or a layer, that has no such method, or returns something
+    else than an update and what the new tokens leave.
     """
+    name = type(block).__name__
     if not hasattr(block, "extend"):
         raise ValueError(
-            f"`model` must be able to decode, but `{type(block).__name__}` in it has no method "
+            f"`model` must be able to decode, but `{name}` in it has no method "
             "`extend(x, info, past)`, which does for new tokens what `__call__` does for whole "
-            "sequences. `mode.Past` says what it is given and returns."
+            "sequences. `help(mode.Past)` shows one."
         )
-    return block.extend(x, info, past)
+    result = block.extend(x, info, past)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"`{name}.extend` must return (update, left), with `()` for what is left where later "
+            f"tokens look at nothing, got {type(result).__name__}."
+        )
+    update, left = result
+    if getattr(update, "shape", None) != x.shape:
+        raise ValueError(
+            f"`{name}.extend` must return an update of the shape of `x`, {x.shape}, got "
+            f"{getattr(update, 'shape', type(update).__name__)}."
+        )
+    if not isinstance(left, Added):
+        _check_left(name, left, x.shape[:2], past)
+    return result
+
+
+def _check_left(name: str, left: PyTree, shape: tuple[int, ...], past: Past) -> None:
+    batch, new = shape
+    for leaf in jax.tree.leaves(left):
+        got = getattr(leaf, "shape", ())
+        if len(got) < 3 or (got[0], got[-2]) != (batch, new):
+            raise ValueError(
+                f"`{name}.extend` must leave arrays [batch, ..., new, features] of its {new} new "
+                f"tokens alone, here [{batch}, ..., {new}, features], got shape {got}. Those of "
+                "earlier tokens are in the cache already."
+            )
+    structure = jax.tree.structure(left)
+    if not past.is_empty and structure != jax.tree.structure(past.left):
+        raise ValueError(
+            f"`{name}.extend` must leave the same tree for every token, got {structure} after "
+            f"{jax.tree.structure(past.left)}."
+        )

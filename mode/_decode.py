@@ -11,37 +11,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._cache import Added, Cache, Past, extend_block
+from ._cache import Added, Cache, Caches, Decoding, Past, extend_block
 from ._capacity import check_count
+from ._decode_checks import (
+    check_alive,
+    check_decodes,
+    check_decoding,
+    check_model,
+    check_prompt,
+    per_member,
+)
 from ._decoder import Stack, Transformer
 from ._info import TokenInfo
-from ._select import AbstractTokenwise
 from ._sharding import along_batch, gathered
-from ._state import routers
-
-
-Caches = tuple[tuple[Cache, ...], ...]
-
-
-class Decoding(eqx.Module):
-    """Where a batch stands: all that the next step needs, the model apart.
-
-    **Attributes:**
-
-    - `logits`: `[batch, vocab]`, of the next token of each member; float32 or wider.
-    - `length`: `[batch]`, tokens of each member so far.
-    - `caches`: one `Cache` per layer of each stack of the model, with an axis of repeats first.
-    - `max_tokens`: how many tokens a member may have in all.
-    """
-
-    logits: Float[Array, "batch vocab"]
-    length: Int[Array, " batch"]
-    caches: Caches
-    max_tokens: int = eqx.field(static=True)
 
 
 def prefill(
@@ -73,11 +57,10 @@ def prefill(
     >>> decoding.length.tolist()
     [9, 9]
     """
+    check_model(model)
     max_tokens = check_count("max_tokens", max_tokens, 1)
-    _check_prompt(model, tokens, lengths, max_tokens)
-    if lengths is None:
-        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    return _prefill(model, tokens, jnp.asarray(lengths, jnp.int32), max_tokens)
+    tokens, lengths = check_prompt("tokens", model, tokens, lengths, max_tokens)
+    return _prefill(model, tokens, lengths, max_tokens)
 
 
 def _read(
@@ -86,7 +69,7 @@ def _read(
     lengths: Int[Array, " batch"],
     max_tokens: int,
 ) -> Decoding:
-    _check_model(model)
+    check_decodes(model)
     place = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     info = TokenInfo(place, (place < lengths[:, None]).astype(jnp.int32))
     x = model.embed(jnp.where(info.valid, tokens, 0))
@@ -118,11 +101,16 @@ def step(
     - `tokens`: `[batch]`, ids below the vocabulary's.
     - `active`: `[batch]`; a member for which it is false stays where it is.
 
-    **Raises:** `ValueError` for another number of tokens than members, or a `decoding` of another
-    model; `equinox.EquinoxRuntimeError` when run for a member that already has `max_tokens` tokens.
+    **Raises:** `ValueError` for another number of tokens than members, a `decoding` of another
+    model, or one that was donated before; `equinox.EquinoxRuntimeError` when run for a member that
+    already has `max_tokens` tokens. A token that is no id makes its member NaN from there on.
     """
-    if active is None:
-        active = jnp.ones(tokens.shape, bool)
+    check_model(model)
+    check_alive(decoding)
+    batch = decoding.length.shape[0]
+    tokens = per_member("tokens", tokens, batch, jnp.integer)
+    active = jnp.ones(batch, bool) if active is None else active
+    active = per_member("active", active, batch, jnp.bool_)
     kept = (model, decoding.logits, decoding.length, tokens, active, decoding.max_tokens)
     return _step(kept, decoding.caches)
 
@@ -140,8 +128,9 @@ def advance(
     active: Bool[Array, " batch"],
 ) -> Decoding:
     """`step`, to be compiled into a larger program. What it refuses it refuses when traced."""
-    _check_model(model)
-    _check_decoding(model, decoding, tokens)
+    check_decodes(model)
+    like = eqx.filter_eval_shape(_read, model, tokens[:, None], tokens, decoding.max_tokens)
+    check_decoding(decoding, like)
     length = eqx.error_if(
         decoding.length,
         active & (decoding.length >= decoding.max_tokens),
@@ -205,78 +194,3 @@ def _extend(
         return along_batch(x), tuple(gained)
 
     return jax.lax.scan(repeat, x, (arrays, pasts), length=stack.repeats, unroll=stack.repeats == 1)
-
-
-def _check_model(model: Transformer) -> None:
-    for router in routers(model):
-        if router.select.looks_ahead:
-            raise ValueError(
-                "`model` must decide token by token, but it has a router with "
-                f"`{type(router.select).__name__}`, which looks at later tokens. Decode "
-                "`mode.causal(model)`."
-            )
-        if not isinstance(router.select, AbstractTokenwise):
-            raise ValueError(
-                "`model` must decide token by token, but it has a router with "
-                f"`{type(router.select).__name__}`, which assigns whole sequences. Put a "
-                "`Threshold` in its place by `mode.map_routers`."
-            )
-
-
-def _check_prompt(
-    model: Transformer,
-    tokens: Int[Array, "batch tokens"],
-    lengths: Int[Array, " batch"] | None,
-    max_tokens: int,
-) -> None:
-    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            "`tokens` must be integers, [batch, tokens], at least one token of one member, got "
-            f"shape {tokens.shape} and dtype {tokens.dtype}. Start an empty prompt with a token "
-            "that begins documents."
-        )
-    if tokens.shape[1] > max_tokens:
-        raise ValueError(
-            f"`tokens` must fit into the cache of max_tokens={max_tokens}, got prompts of "
-            f"{tokens.shape[1]} tokens. Raise `max_tokens`, or cut the prompts."
-        )
-    if lengths is not None and lengths.shape != tokens.shape[:1]:
-        raise ValueError(
-            f"`lengths` must hold one number per member, {tokens.shape[:1]}, got {lengths.shape}."
-        )
-    if isinstance(tokens, Tracer) or isinstance(lengths, Tracer):
-        return  # their numbers are not known yet
-    whole = np.full(tokens.shape[0], tokens.shape[1]) if lengths is None else np.asarray(lengths)
-    if whole.min() < 1 or whole.max() > tokens.shape[1]:
-        raise ValueError(
-            f"`lengths` must be from 1 to the {tokens.shape[1]} tokens of `tokens`, got "
-            f"{whole.tolist()}. Start an empty prompt with a token that begins documents."
-        )
-    ids = np.asarray(tokens)[np.arange(tokens.shape[1]) < whole[:, None]]
-    vocab = model.embedding.shape[0]
-    if ids.min() < 0 or ids.max() >= vocab:
-        raise ValueError(
-            f"`tokens` must be ids from 0 to {vocab - 1}, the model's vocabulary, got ids from "
-            f"{ids.min()} to {ids.max()}."
-        )
-
-
-def _check_decoding(model: Transformer, decoding: Decoding, tokens: Int[Array, " batch"]) -> None:
-    """Refuse tokens of another batch, and a decoding that another model made."""
-    if tokens.shape != decoding.length.shape:
-        raise ValueError(
-            f"`tokens` must hold one token per member of `decoding`, {decoding.length.shape}, got "
-            f"{tokens.shape}."
-        )
-    like = eqx.filter_eval_shape(_read, model, tokens[:, None], tokens, decoding.max_tokens)
-    needed, got = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (like, decoding)
-    )
-    for path in needed | got:
-        if needed.get(path) != got.get(path):
-            raise ValueError(
-                "`decoding` must have been made by `prefill` with the same model: expected "
-                f"`decoding{path}` of shape {needed.get(path)}, got {got.get(path)}. An `unrolled` "
-                "model and the one it was made of have different caches."
-            )

@@ -175,5 +175,5 @@ class MixtureOfDepths(AbstractLayer):
         update, left = on_demand(run, taken[:, 0], counts)
         wide = admission.weight.dtype
         hidden = (x.astype(wide) + admission.weight * update.astype(wide)).astype(x.dtype)
-        added = Added(left, took, admission.refused[:, 0])
+        added = Added(left, took, jnp.sum(admission.refused, axis=(1, 2), dtype=jnp.int32))
         return jnp.where(taken[..., None], hidden, x), added

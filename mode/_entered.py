@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ._cache import Cache
-from ._decode import Decoding
+from ._cache import Cache, Decoding
+from ._decode_checks import check_alive, check_model
 from ._decoder import Transformer
 from ._depth import MixtureOfDepths
 from ._experts import Membership
@@ -24,14 +24,14 @@ class Entered(eqx.Module):
     - `share`: `[*layers, batch]`, tokens that entered per token that came; for experts, the experts
         a token entered, on average.
     - `trained`: the share it was trained with.
-    - `refused`: `[*layers, batch]`, tokens that asked and found the layer's slots full; `None` for
-        experts.
+    - `refused`: `[*layers, batch]`, tokens that asked and found the layer's slots full; for
+        experts, so often.
     """
 
     count: Int[Array, "*layers batch max_tokens"]
     share: Float[Array, "*layers batch"]
     trained: float = eqx.field(static=True)
-    refused: Int[Array, "*layers batch"] | None
+    refused: Int[Array, "*layers batch"]
 
 
 def entered(model: Transformer, decoding: Decoding) -> list[Entered]:
@@ -44,6 +44,13 @@ def entered(model: Transformer, decoding: Decoding) -> list[Entered]:
     >>> found.count.shape, found.share.shape, found.trained  # two routed layers, two members
     ((2, 2, 32), (2, 2), 0.125)
     """
+    check_model(model)
+    check_alive(decoding)
+    if len(model.stacks) != len(decoding.caches):
+        raise ValueError(
+            f"`decoding` must have been made with `model`: it has caches of {len(decoding.caches)} "
+            f"stacks, and the model has {len(model.stacks)}."
+        )
     found: list[Entered] = []
     for stack, caches in zip(model.stacks, decoding.caches, strict=True):
         for layer, cache in zip(stack.layers, caches, strict=True):
@@ -65,7 +72,9 @@ def _experts_entered(own: list[Router], cache: Cache, max_tokens: int) -> list[E
     for router, node in zip(own, memberships, strict=True):
         taken = node.taken & cache.info.valid[..., None]
         count = _at_positions(cache, jnp.sum(taken, axis=-1), max_tokens)
-        records.append(_record(router, count, cache.length, None))
+        refused = node.refused & cache.info.valid[..., None]
+        total = jnp.sum(refused, axis=(-1, -2), dtype=jnp.int32)
+        records.append(_record(router, count, cache.length, total))
     return records
 
 
@@ -85,7 +94,7 @@ def _record(
     router: Router,
     count: Int[Array, "*layers batch max_tokens"],
     came: Int[Array, "*layers batch"],
-    refused: Int[Array, "*layers batch"] | None,
+    refused: Int[Array, "*layers batch"],
 ) -> Entered:
     share = jnp.sum(count, axis=-1) / jnp.maximum(came, 1)
     return Entered(count, share, float(router.fraction * router.num_experts), refused)

@@ -28,12 +28,13 @@ MakeExpert = Callable[[PRNGKeyArray], Expert]
 
 
 class Membership(eqx.Module):
-    """What tokens leave behind in a `MixtureOfExperts`: who took them, `[batch, tokens, experts]`.
+    """What tokens leave behind in a `MixtureOfExperts`: who took them, and who was too full to.
 
     It says how full each expert is, and afterwards what was computed.
     """
 
     taken: Bool[Array, "*layers batch tokens experts"]
+    refused: Bool[Array, "*layers batch tokens experts"]
 
 
 class MixtureOfExperts(AbstractBlock):
@@ -180,12 +181,17 @@ class MixtureOfExperts(AbstractBlock):
         with jax.named_scope("mode.MixtureOfExperts"):
             if past.info is None:
                 routing = self.router(x, info, slots=slots)
-                return self._compute(x, info, routing), Membership(routing.selected)
+                nobody = jnp.zeros((x.shape[0], self.router.num_experts), jnp.int32)
+                refused = self.router.admit(x, info, nobody, slots).refused
+                left = Membership(routing.selected, refused)
+                return self._compute(x, info, routing), left
             earlier = past.left.taken & past.info.valid[..., None]
             held = jnp.sum(earlier, axis=1, dtype=jnp.int32)
             admission = self.router.admit(x, info, held, slots)
             update = self._next(x, admission)
-            return self._with_shared(update, x, info), Membership(admission.taken)
+            return self._with_shared(update, x, info), Membership(
+                admission.taken, admission.refused
+            )
 
     def _next(
         self, x: Float[Array, "batch new dim"], admission: Admission

@@ -5,10 +5,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Shaped
 
+from ._cache import Decoding
 from ._capacity import check_count
-from ._decode import Decoding, advance, prefill
+from ._decode import advance, prefill
+from ._decode_checks import check_alive, check_model, check_prompt
 from ._decoder import Transformer
 from ._sample import Sampler
 
@@ -45,7 +48,8 @@ def generate(
     """Continue each prompt of a batch by up to `steps` tokens.
 
     A member's text depends on its prompt and key alone: not on its batch mates, nor on what the
-    shorter prompts are padded with.
+    shorter prompts are padded with. (Where a layer has fewer slots than there are tokens, under a
+    `limit` below 1 or `TokenChoice`, they are a share of `max_tokens`: give the same to compare.)
 
     **Arguments:**
 
@@ -69,9 +73,11 @@ def generate(
     >>> made.tokens.shape, made.lengths.tolist(), made.decoding.length.tolist()
     ((2, 4), [4, 4], [7, 6])
     """
+    check_model(model)
     steps = check_count("steps", steps, 1)
-    needed = prompts.shape[-1] + steps
+    needed = jnp.shape(prompts)[-1] + steps if jnp.ndim(prompts) else steps
     max_tokens = needed if max_tokens is None else check_count("max_tokens", max_tokens, 1)
+    prompts, lengths = check_prompt("prompts", model, prompts, lengths, max_tokens)
     if needed > max_tokens:
         raise ValueError(
             f"`steps` and `prompts` must fit into max_tokens={max_tokens}, got {steps} steps after "
@@ -84,13 +90,12 @@ def generate(
 
 def sample(
     model: Transformer,
-    decoding: Decoding,
+    decoding: Decoding | Generation,
     *,
     steps: int,
     sampler: Sampler = Sampler(temperature=0),
     keys: Shaped[Array, "batch ..."] | None = None,
     stop: int | None = None,
-    done: Bool[Array, " batch"] | None = None,
 ) -> Generation:
     """Continue a batch from where it stands by up to `steps` tokens: `generate` in pieces, for text
     that is shown as it comes. A draw is keyed by its place in the text: pieces of any size give the
@@ -99,29 +104,37 @@ def sample(
     **Arguments:**
 
     - `model`: the one that `decoding` was made with.
-    - `decoding`: of `prefill`, `step` or an earlier `Generation`. Its caches are **donated**: it is
-        not to be continued from again.
+    - `decoding`: of `prefill` or `step`; or an earlier `Generation`, whose members that came to
+        their stop token are done. Its arrays are **donated**: go on from the result.
     - `steps`, `sampler`, `keys`, `stop`: as `generate` takes them.
-    - `done`: `[batch]`, members that came to their stop token before: `Generation.done`.
 
-    **Raises:** `ValueError` as `generate`, and for a `decoding` of another model;
-    `equinox.EquinoxRuntimeError` when run where a member has no room for `steps` tokens more.
+    **Raises:** `ValueError` as `generate`, for a `decoding` of another model, one that was donated
+    before, or one that has no room for `steps` tokens more.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> model = mode.causal(mode.mod_decoder(256, 32, depth=4, num_heads=2, key=jax.random.key(0)))
-    >>> decoding = mode.prefill(model, jnp.array([[1, 2, 3]]), max_tokens=16)
+    >>> made = mode.prefill(model, jnp.array([[1, 2, 3]]), max_tokens=16)
     >>> for piece in range(3):
-    ...     made = mode.sample(model, decoding, steps=4)
-    ...     decoding = made.decoding
-    >>> decoding.length.tolist()
+    ...     made = mode.sample(model, made, steps=4)
+    >>> made.decoding.length.tolist()
     [15]
     """
+    check_model(model)
     steps = check_count("steps", steps, 1)
+    done = None
+    if isinstance(decoding, Generation):
+        decoding, done = decoding.decoding, decoding.done
+    check_alive(decoding)
     batch = decoding.length.shape[0]
     _check_sampling(model, batch, sampler, keys, stop)
     done = jnp.zeros(batch, bool) if done is None else done
-    if done.shape != (batch,):
-        raise ValueError(f"`done` must hold one flag per member, {(batch,)}, got {done.shape}.")
+    if not isinstance(decoding.length, Tracer):
+        longest = int(jnp.max(jnp.where(done, 0, decoding.length)))
+        if longest + steps > decoding.max_tokens:
+            raise ValueError(
+                f"`steps` must fit into max_tokens={decoding.max_tokens}, got {steps} steps after "
+                f"{longest} tokens. Prefill with a larger `max_tokens`, or take fewer steps."
+            )
     # What is to be kept comes first: the rest, the decoding, is donated.
     return _sample((model, sampler, keys, stop, steps, done), decoding)
 
@@ -166,11 +179,18 @@ def _check_sampling(
     stop: int | None,
 ) -> None:
     vocab = model.embedding.shape[0]
-    if stop is not None and not 0 <= stop < vocab:
+    if stop is not None and not (isinstance(stop, int) and 0 <= stop < vocab):
         raise ValueError(f"`stop` must be a token id from 0 to {vocab - 1}, got {stop}.")
-    if sampler.temperature > 0 and (keys is None or keys.shape[:1] != (batch,)):
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"`sampler` must be a `Sampler`, got {type(sampler).__name__}.")
+    if sampler.temperature == 0 and keys is None:
+        return
+    typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)  # pyright: ignore
+    shape = getattr(keys, "shape", None)
+    # Old-style keys are rows of two numbers.
+    if shape is None or len(shape) != (1 if typed else 2) or shape[0] != batch:
         raise ValueError(
-            f"`keys` must hold one key per member, {(batch,)}, where the temperature is above 0, "
-            f"got {'None' if keys is None else keys.shape}. `jax.random.split(key, batch)` makes "
-            "them."
+            f"`keys` must hold one key per member, {batch} of them, where the temperature is above "
+            f"0, got {type(keys).__name__ if shape is None else f'an array of shape {shape}'}. "
+            "`jax.random.split(key, batch)` makes them."
         )

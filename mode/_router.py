@@ -195,8 +195,7 @@ class Router(eqx.Module):
             asked = self.select.asks(request)[..., : self.num_experts] & info.valid[..., None]
             place = earlier[:, None] + jnp.cumsum(asked, axis=1, dtype=jnp.int32)
             taken = asked & (place <= slots)
-            refused = jnp.sum(asked & ~taken, axis=1, dtype=jnp.int32)
-            return Admission(taken, self.gate(logits, taken), refused)
+            return Admission(taken, self.gate(logits, taken), asked & ~taken)
 
     def _predict(
         self, detached: Float[Array, "*groups tokens dim"]
@@ -229,12 +228,12 @@ class Admission(eqx.Module):
 
     - `taken`: `[batch, new, experts]`.
     - `weight`: `[batch, new, experts]`, what multiplies an expert's output; float32 or wider.
-    - `refused`: `[batch, experts]`, how many asked for an expert that was full.
+    - `refused`: `[batch, new, experts]`, who asked for an expert that was full.
     """
 
     taken: Bool[Array, "batch new experts"]
     weight: Float[Array, "batch new experts"]
-    refused: Int[Array, "batch experts"]
+    refused: Bool[Array, "batch new experts"]
 
 
 def _wide(

@@ -41,14 +41,18 @@ class Sampler(eqx.Module):
     top_p: int | float = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if isinstance(self.temperature, jax.Array) or not (
+            math.isfinite(self.temperature) and self.temperature >= 0
+        ):
             raise ValueError(
-                f"`temperature` must be a finite number of at least 0, got {self.temperature}. "
+                f"`temperature` must be a finite Python number of at least 0, got "
+                f"{self.temperature!r}. "
                 "0 takes the likeliest token."
             )
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
             raise ValueError(
-                f"`top_k` must be at least 1, got {self.top_k}. None keeps every token."
+                f"`top_k` must be an integer of at least 1, got {self.top_k}. None keeps every "
+                "token."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The strict regime: no silent promotion of dtypes or ranks, several devices, checked types."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -18,3 +19,15 @@ def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    _drop_programs()
+
+
+def _drop_programs() -> None:
+    """Forget compiled programs where they take half the memory mappings that a process may have:
+    the compiler crashes when there are no more."""
+    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and limit.exists():
+        with maps.open() as lines:
+            count = sum(1 for _ in lines)
+        if 2 * count > int(limit.read_text()):
+            jax.clear_caches()

@@ -238,17 +238,16 @@ def test_a_text_in_pieces_is_the_text() -> None:
     model = causal("staged")
     options = {"sampler": mode.Sampler(temperature=1.0), "keys": jax.random.split(KEY, BATCH)}
     whole = mode.generate(model, texts()[:, :PROMPT], LENGTHS, steps=10, stop=7, **options)
-    decoding, done = mode.prefill(model, texts()[:, :PROMPT], LENGTHS, max_tokens=TOKENS), None
+    made = mode.prefill(model, texts()[:, :PROMPT], LENGTHS, max_tokens=TOKENS)
     pieces = []
     for steps in (1, 4, 5):
-        made = mode.sample(model, decoding, steps=steps, stop=7, done=done, **options)
-        decoding, done = made.decoding, made.done
+        made = mode.sample(model, made, steps=steps, stop=7, **options)
         pieces.append(made.tokens)
     assert (jnp.concatenate(pieces, axis=1) == whole.tokens).all()
     assert (made.done == whole.done).all()
     assert whole.done.any()
     assert not whole.done.all()
-    depth, experts = mode.entered(model, decoding)
+    depth, experts = mode.entered(model, made.decoding)
     both = mode.entered(model, whole.decoding)
     assert (depth.count == both[0].count).all()
     assert (experts.count == both[1].count).all()
@@ -351,6 +350,32 @@ def generate(tokens: Any = None, **options: Any) -> Any:
     return mode.generate(mode.causal(top_k()), tokens, **{"steps": 2, **options})
 
 
+class Extending(eqx.Module):
+    """A block whose `extend` returns what a user might, by mistake."""
+
+    result: Callable[[Any], Any] = eqx.field(static=True)
+
+    def __call__(self, x: Any, info: Any, *, key: Any = None) -> Any:
+        return x, ()
+
+    def extend(self, x: Any, info: Any, past: mode.Past) -> Any:
+        return self.result(x)
+
+
+def extending(result: Callable[[Any], Any]) -> mode.Transformer:
+    return without_method(lambda key: Extending(result))
+
+
+def twice(go_on: Callable[..., Any]) -> Any:
+    """As if the first call had left its argument alone."""
+    decoding = prefill()
+    for _ in range(2):
+        if go_on is mode.step:
+            mode.step(mode.causal(top_k()), decoding, texts()[:, 0])
+        else:
+            mode.sample(mode.causal(top_k()), decoding, steps=1)
+
+
 def other_model(depth: int = 2, **options: Any) -> Any:
     other = mode.causal(mode.mod_decoder(VOCAB, DIM, depth, 2, key=KEY, **options))
     return mode.step(other, prefill(), texts()[:, 0])
@@ -369,7 +394,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "an empty prompt": (
         lambda: prefill(tokens=texts()[:, :0]),
-        r"`tokens` must be integers.*at least one token.*\(5, 0\)",
+        r"`tokens` must hold at least one token of one member, got shape \(5, 0\)",
     ),
     "a prompt of length 0": (
         lambda: prefill(lengths=LENGTHS.at[0].set(0)),
@@ -377,7 +402,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "lengths of others": (
         lambda: prefill(lengths=LENGTHS[:2]),
-        r"`lengths` must hold one number per member, \(5,\), got \(2,\)",
+        r"`lengths` must hold one integer per member, \(5,\), got shape \(2,\)",
     ),
     "an unknown id": (
         lambda: prefill(tokens=texts()[:, :PROMPT].at[0, 1].set(VOCAB)),
@@ -394,11 +419,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no keys": (
         lambda: generate(sampler=mode.Sampler()),
-        r"`keys` must hold one key per member, \(5,\).*got None",
+        r"`keys` must hold one key per member, 5 of them.*got NoneType",
     ),
     "one key": (
         lambda: generate(sampler=mode.Sampler(), keys=KEY),
-        r"`keys` must hold one key per member, \(5,\).*got \(\)",
+        r"`keys` must hold one key per member, 5 of them.*of shape \(\)",
     ),
     "an unknown stop": (lambda: generate(stop=VOCAB), r"`stop` must be a token id .*got 32"),
     "another depth": (
@@ -413,13 +438,55 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.step(mode.unrolled(deep()), prefill(deep()), texts()[:, 0]),
         r"`decoding` must have been made by .*`unrolled`",
     ),
-    "flags of others": (
-        lambda: mode.sample(mode.causal(top_k()), prefill(), steps=1, done=jnp.zeros(2, bool)),
-        r"`done` must hold one flag per member, \(5,\), got \(2,\)",
+    "another limit": (
+        lambda: mode.step(mode.causal(top_k(), limit=0.5), prefill(), texts()[:, 0]),
+        r"`decoding` must have been made by .*another `limit`",
+    ),
+    "no room": (
+        lambda: mode.sample(mode.causal(top_k()), prefill(), steps=11),
+        r"`steps` must fit into max_tokens=16, got 11 steps after 6 tokens",
+    ),
+    "a decoding of before": (lambda: twice(mode.step), r"`decoding` was given to an earlier"),
+    "a generation of before": (lambda: twice(mode.sample), r"`decoding` was given to an earlier"),
+    "no model": (
+        lambda: mode.prefill(dense(KEY), texts(), max_tokens=TOKENS),
+        r"`model` must be a `Transformer`, got Residual",
+    ),
+    "no decoding": (
+        lambda: mode.step(mode.causal(top_k()), texts(), texts()[:, 0]),
+        r"`decoding` must be a `Decoding`",
+    ),
+    "no sampler": (
+        lambda: generate(sampler=lambda logits, key: 0),
+        r"`sampler` must be a `Sampler`, got function",
+    ),
+    "numbers for ids": (
+        lambda: prefill(tokens=jnp.ones((2, 3))),
+        r"`tokens` must be integers, \[batch, tokens\], got .*float32",
+    ),
+    "lengths that are no integers": (
+        lambda: prefill(lengths=jnp.ones(BATCH)),
+        r"`lengths` must hold one integer per member, \(5,\), got shape \(5,\) and dtype float32",
+    ),
+    "integers for flags": (
+        lambda: mode.step(mode.causal(top_k()), prefill(), texts()[:, 0], jnp.ones(BATCH, int)),
+        r"`active` must hold one flag per member, \(5,\), got .*int32",
+    ),
+    "no update": (
+        lambda: prefill(extending(lambda x: x)),
+        r"`Extending\.extend` must return \(update, left\)",
+    ),
+    "another width": (
+        lambda: prefill(extending(lambda x: (x[..., :2], ()))),
+        r"`Extending\.extend` must return an update of the shape of `x`, .*got \(5, 6, 2\)",
+    ),
+    "too few left": (
+        lambda: prefill(extending(lambda x: (x, x[:, :1]))),
+        r"`Extending\.extend` must leave arrays .*of its 6 new tokens alone, .*got shape \(5, 1,",
     ),
     "another batch": (
         lambda: mode.step(mode.causal(top_k()), prefill(), texts()[:2, 0]),
-        r"`tokens` must hold one token per member of `decoding`, \(5,\), got \(2,\)",
+        r"`tokens` must hold one integer per member, \(5,\), got shape \(2,\)",
     ),
 }
 

@@ -1,6 +1,6 @@
 """The command `mode-lab`."""
 
-import functools
+import os
 import sys
 from importlib.util import find_spec
 
@@ -43,18 +43,29 @@ def main(args: list[str] | None = None) -> int:
             case Training():
                 run_training(asked, console)
             case Generating():
-                # The text alone goes where a pipe would read it.
-                write = functools.partial(print, end="", flush=True)
-                run_generation(asked, write, Console(stderr=True))
+                # The text alone goes where a pipe would read it, byte by byte.
+                run_generation(asked, _write, Console(stderr=True))
             case _:
                 report(asked.out, console)
     except (ValueError, FloatingPointError) as error:
         print(f"mode-lab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mode-lab: interrupted. The same command goes on from here.", file=sys.stderr)
+        goes_on = {
+            Ablation: " The same command goes on after the last finished arm.",
+            Training: " The same command goes on from the last checkpoint.",
+        }
+        print(f"mode-lab: interrupted.{goes_on.get(type(asked), '')}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the text has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _write(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Arm:
         selection is causal as it is.
     - `under_rule`: the last share of training that runs under `rule`, with the slots it had.
     - `auxiliary`: added to the loss, from the routings of a step.
+    - `samples`: whether tokens can be chosen one by one, so that text can be sampled.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Arm:
     rule: mode.AbstractRule | None = None
     under_rule: float = 0.0
     auxiliary: Callable[[tuple[mode.Routing, ...]], Float[Array, ""]] | None = None
+    samples: bool = True
 
     def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
         """The model, with fresh parameters."""
@@ -174,7 +176,12 @@ ARMS: tuple[Arm, ...] = (
         mode.ByPredictor(),
         auxiliary=_predictor_loss,
     ),
-    Arm("mod-random", "the control: Mixture-of-Depths whose tokens are drawn at random", _random),
+    Arm(
+        "mod-random",
+        "the control: Mixture-of-Depths whose tokens are drawn at random",
+        _random,
+        samples=False,
+    ),
     Arm(
         "moe",
         "expert-choice Mixture-of-Experts at the dense model's FLOPs",

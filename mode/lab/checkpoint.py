@@ -2,9 +2,11 @@
 
 Orbax writes and reads them: arrays and JSON, in files that hold no code. It writes beside the place
 and moves; an interrupted save leaves nothing that looks like a checkpoint. What it does not see is
-damage that came later, to the bits of an array: a checksum does.
+damage that came later: digests of the files, written last, do.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import PyTree
+
+from .files import write_json
 
 
 Named = dict[str, Any]
+_DIGESTS = "digests.json"
+_UNFINISHED = "it was not finished"
 
 
 class Checkpoints:
@@ -43,7 +49,7 @@ class Checkpoints:
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> None:
         """Keep the arrays of `tree`, and `notes`, anything that JSON can hold."""
         arrays = _named(tree)
-        about = {"shapes": _shapes(arrays), "checksums": _checksums(arrays), "notes": notes}
+        about = {"shapes": _shapes(arrays), "notes": notes}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -51,66 +57,90 @@ class Checkpoints:
             ),
             force=True,
         )
+        whole = self.folder / str(step)
+        write_json(whole / _DIGESTS, _digests(whole))
 
     def newest(
-        self, like: PyTree, warn: Callable[[str], None]
+        self, like: PyTree, warn: Callable[[str], None], *, set_aside: bool = False
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest checkpoint that is sound: its step, the tree and the notes.
 
         **Arguments:**
 
         - `like`: a tree whose arrays, or their shapes, are those of the tree that was saved.
-        - `warn`: told of each damaged checkpoint, which is put aside under another name.
+        - `warn`: told of each damaged checkpoint.
+        - `set_aside`: whether damaged ones are renamed, so that a run can save in their place.
 
         **Returns:** `None` where there never was one.
 
         **Raises:** `ValueError` for checkpoints of another tree than `like`, and where all are
         damaged.
         """
-        damaged = []
+        unsound: dict[int, str] = {}
+        sound = None
         for step in reversed(self.steps):
-            try:
-                arrays, notes = self._restore(step, like)
-            # What a damaged file raises is up to its format.
-            except Exception as error:
-                if isinstance(error, _OtherTree):
-                    raise ValueError(str(error)) from None
-                damaged.append(self.folder / str(step))
-                aside = damaged[-1].with_name(f"{step}.damaged")
-                damaged[-1].rename(aside)
-                self._manager.reload()
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                warn(f"the checkpoint of step {step} is damaged and now {aside}: {reason}")
-                continue
-            return step, _filled(like, arrays), notes
-        if damaged:
+            wrong = _wrong(self.folder / str(step))
+            if wrong is None:
+                sound = step
+                break
+            unsound[step] = wrong
+        if sound is None and any(wrong != _UNFINISHED for wrong in unsound.values()):
+            listed = "\n".join(f"  step {step}: {wrong}" for step, wrong in unsound.items())
             raise ValueError(
-                f"no checkpoint in {self.folder} is sound. Delete the folder to begin again."
+                f"no checkpoint in {self.folder} is sound:\n{listed}\nDelete the folder to begin "
+                "again."
             )
-        return None
+        for step, wrong in unsound.items():
+            where = self._set_aside(step) if set_aside else self.folder / str(step)
+            warn(f"the checkpoint of step {step} is damaged: {where} ({wrong})")
+        return None if sound is None else (sound, *self._restore(sound, like))
 
-    def _restore(self, step: int, like: PyTree) -> tuple[Named, dict[str, Any]]:
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        about = about["about"]
+    def _set_aside(self, step: int) -> Path:
+        names = (f"{step}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+        aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def _restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = self._manager.restore(step, args=args)["about"]
         wanted = _named(like)
         _check_shapes(self.folder, step, about["shapes"], _shapes(wanted))
         structs = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in wanted.items()
         }
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(structs))
-        )
-        arrays = restored["arrays"]
-        found = _checksums(arrays)
-        wrong = [name for name, number in about["checksums"].items() if found[name] != number]
-        if wrong:
-            raise OSError(f"the bits of {wrong[0]} are not those that were saved")
-        return arrays, about["notes"]
+        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(structs))
+        return _filled(like, self._manager.restore(step, args=args)["arrays"]), about["notes"]
 
 
-class _OtherTree(Exception):
-    """The checkpoint is sound, but not of this tree."""
+def _digests(folder: Path) -> dict[str, str]:
+    """Of every file in a checkpoint but that of the digests."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
+    digests = {}
+    for path in files:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        digests[path.relative_to(folder).as_posix()] = digest
+    return digests
+
+
+def _wrong(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint."""
+    try:
+        saved = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return _UNFINISHED
+    except ValueError:
+        return f"{_DIGESTS} is not as it was saved"
+    found = _digests(folder)
+    for name in sorted(saved.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if saved.get(name) != found[name]:
+            return f"{name} is not as it was saved"
+    return None
 
 
 def _named(tree: PyTree) -> Named:
@@ -152,26 +182,7 @@ def _check_shapes(folder: Path, step: int, got: dict[str, str], wanted: dict[str
         if got.get(name) != wanted.get(name)
     ]
     if differences:
-        raise _OtherTree(
+        raise ValueError(
             f"the checkpoint of step {step} in {folder} is of another model:\n"
             + "\n".join(differences[:20])
         )
-
-
-@jax.jit
-def _sums(arrays: Named) -> dict[str, UInt32[Array, ""]]:
-    """Of the bits of each array, each weighed by its place: on any number of devices the same."""
-
-    def total(leaf: Array) -> UInt32[Array, ""]:
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-        width = min(4, leaf.dtype.itemsize)
-        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
-        bits = jax.lax.bitcast_convert_type(leaf, kind).reshape(-1).astype(jnp.uint32)
-        place = jnp.arange(bits.size, dtype=jnp.uint32)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return {name: total(leaf) for name, leaf in arrays.items()}
-
-
-def _checksums(arrays: Named) -> dict[str, int]:
-    return {name: int(number) for name, number in jax.device_get(_sums(arrays)).items()}

@@ -1,7 +1,7 @@
 """Text from a checkpoint, as it comes, and what was computed for it: `mode-lab generate`."""
 
-import codecs
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ class Generating:
     """Sample from the likeliest bytes that together have this probability."""
     limit: float = 1.0
     """Largest share of the text that a routed layer may take: the size of its cache. Tokens that
-    find it full go around the block, and are counted."""
+    find it full go around, and are counted."""
     seed: int = 0
     """Of the sampling."""
     plot: Path | None = None
@@ -53,9 +53,10 @@ class Generating:
 
 
 def run_generation(
-    generating: Generating, write: Callable[[str], object], console: Console
+    generating: Generating, write: Callable[[bytes], object], console: Console
 ) -> None:
-    """`write` text as it comes; print speed, realised compute and the plot's place to `console`.
+    """`write` the model's bytes as they come, whatever they are; print speed, realised compute and
+    the plot's place to `console`.
 
     **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
     """
@@ -63,8 +64,15 @@ def run_generation(
     if generating.steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {generating.steps}.")
     arm, size, taken, trained = load_run(generating.checkpoint, console)
-    limit = generating.limit
-    model = mode.unrolled(mode.causal(trained, by=arm.rule, limit=limit))
+    path = generating.plot or generating.checkpoint / "generated.png"
+    if not path.parent.is_dir():
+        raise ValueError(f"`plot` must be a file in a folder that exists, got {path}.")
+    if not arm.samples:
+        raise ValueError(
+            f"`checkpoint` must be of an arm whose tokens decide for themselves, got {arm.name!r}, "
+            "which draws its tokens from whole sequences: there is no text to sample from it."
+        )
+    model = mode.unrolled(mode.causal(trained, by=arm.rule, limit=generating.limit))
     console.print(f"{arm.name} after {taken} steps", highlight=False)
     prompt = [DOCUMENT_START, *generating.prompt.encode("utf-8", "surrogateescape")]
     total = len(prompt) + generating.steps
@@ -75,15 +83,12 @@ def run_generation(
             highlight=False,
         )
     pieces = _Pieces(model, prompt, generating.steps, sampler, generating.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    write(generating.prompt)
+    write(generating.prompt.encode("utf-8", "surrogateescape"))
     for piece in pieces:
-        text = bytes(token for token in piece if token != DOCUMENT_START)
-        write(decoder.decode(text))
-    write(decoder.decode(b"", final=True) + "\n")
+        write(bytes(token for token in piece if token != DOCUMENT_START))
+    speed = f"{pieces.speed:.0f} a second after the first {_PIECE}, which compile"
     console.print(
-        f"{len(pieces.tokens)} bytes; after the first {_PIECE}, which compile, "
-        f"{pieces.speed:.0f} a second",
+        f"\n{len(pieces.tokens)} bytes{'' if math.isnan(pieces.speed) else f', {speed}'}",
         highlight=False,
     )
     found = mode.entered(model, pieces.decoding)
@@ -91,7 +96,6 @@ def run_generation(
         console.print("every layer computed every byte: nothing is routed", highlight=False)
         return
     console.print(_table(found))
-    path = generating.plot or generating.checkpoint / "generated.png"
     tokens = np.array([*prompt, *pieces.tokens])
     counts = np.concatenate([np.asarray(part.count[:, 0]) for part in _outermost(arm, found)])
     write_atomically(
@@ -117,26 +121,34 @@ class _Pieces:
         self.keys = jax.random.key(seed)[None]
         # Whole pieces are computed, so that one program serves them all.
         room = len(prompt) + -(-steps // _PIECE) * _PIECE
-        self.decoding = mode.prefill(model, jnp.array([prompt]), max_tokens=room)
+        self.made: mode.Decoding | mode.Generation = mode.prefill(
+            model, jnp.array([prompt]), max_tokens=room
+        )
         self.tokens: list[int] = []
         self.speed = float("nan")
 
+    @property
+    def decoding(self) -> mode.Decoding:
+        """Where the text stands."""
+        return self.made if isinstance(self.made, mode.Decoding) else self.made.decoding
+
     def __iter__(self) -> Iterator[list[int]]:
-        done = None
         after, began = 0, time.perf_counter()
-        while len(self.tokens) < self.steps and not (done is not None and bool(done[0])):
+        done = False
+        while len(self.tokens) < self.steps and not done:
             made = mode.sample(
                 self.model,
-                self.decoding,
+                self.made,
                 steps=_PIECE,
                 sampler=self.sampler,
                 keys=self.keys,
                 stop=DOCUMENT_START,
-                done=done if done is not None else jnp.zeros(1, bool),
             )
-            self.decoding, done = made.decoding, made.done
-            piece = made.tokens[0, : int(made.lengths[0])].tolist()
-            piece = piece[: self.steps - len(self.tokens)]
+            self.made = made
+            # As NumPy's: a slice of another length would be another program to compile.
+            tokens, lengths, ended = map(np.asarray, (made.tokens, made.lengths, made.done))
+            done = bool(ended[0])
+            piece = tokens[0, : int(lengths[0])].tolist()[: self.steps - len(self.tokens)]
             if not self.tokens:
                 after, began = len(piece), time.perf_counter()
             self.tokens += piece
@@ -156,6 +168,6 @@ def _table(found: list[mode.Entered]) -> Table:
     for name in ("computed, of the bytes", "trained for", "turned away"):
         table.add_column(name, justify="right")
     for place, part in enumerate(found, 1):
-        refused = "-" if part.refused is None else str(int(part.refused[0, 0]))
-        table.add_row(str(place), f"{float(part.share[0, 0]):.3f}", f"{part.trained:.3f}", refused)
+        share, refused = (float(np.asarray(value)[0, 0]) for value in (part.share, part.refused))
+        table.add_row(str(place), f"{share:.3f}", f"{part.trained:.3f}", f"{refused:.0f}")
     return table

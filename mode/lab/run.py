@@ -1,6 +1,7 @@
 """One arm for a stated number of steps: the command `mode-lab train`, and what reads its folder."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from .data import Corpus, held_out_batches, read_corpus
 from .evaluate import Evaluation, evaluate
 from .files import claim, read_settings, write_json
 from .progress import progress
-from .train import Progress, Recipe, Saving, begin, train
+from .train import Progress, Recipe, Saving, TrainState, begin, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +62,27 @@ def run_training(training: Training, console: Console) -> None:
 
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
+    if training.arm not in NAMES:
+        raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {training.arm!r}.")
     (arm,) = arms_named([training.arm])
     for name, least in (("steps", 2), ("held_out", 1), ("save_every", 1), ("keep", 1)):
         if getattr(training, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(training, name)}.")
     corpus = read_corpus(training.data, length=training.size.length)
+    like = _like(arm, training)  # before anything is written: it finds sizes that do not fit
     claim(training.out, {**training.settings(), "corpus": corpus.fingerprint})
     checkpoints = Checkpoints(training.out / "checkpoints", training.keep)
-    stood = _restored(arm, training, checkpoints, console)
+    stood = _restored(like, checkpoints, console, set_aside=True)
     if stood is not None:
         console.print(f"{arm.name}: goes on from step {len(stood.losses)}.", highlight=False)
 
     def save(now: Progress) -> None:
-        notes = {"stream": now.stream, "losses": now.losses}
-        checkpoints.save(len(now.losses), now.state, notes)
+        step = len(now.losses)
+        checkpoints.save(step, now.state, {"stream": now.stream, "losses": now.losses})
+        console.print(
+            f"step {step} of {training.steps}, {now.losses[-1]:.3f} bits per byte, saved",
+            highlight=False,
+        )
 
     with (
         progress(console, 1) as bars,
@@ -97,20 +105,29 @@ def run_training(training: Training, console: Console) -> None:
         {**dataclasses.asdict(found), "losses": trained.losses, "arm": arm.name},
     )
     console.print(
-        f"{arm.name}: {training.steps} steps, {trained.seconds:.0f} s of them now; held out "
-        f"{found.bits_top_k:.3f} bits per byte, causal {found.bits_causal:.3f}. To sample from "
-        f'it:\n    mode-lab generate --checkpoint {training.out} --prompt "def "',
+        f"{arm.name}: held out {found.bits_top_k:.3f} bits per byte, causal "
+        f"{found.bits_causal:.3f}, after {training.steps} steps.",
         highlight=False,
+    )
+    if arm.samples:
+        command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
+        console.print(f"To sample from it:\n    {command}", highlight=False)
+
+
+def _like(arm: Arm, training: Training) -> TrainState:
+    """The shapes of the run's state."""
+    return eqx.filter_eval_shape(
+        begin, arm, training.size, training.recipe, steps=training.steps, seed=training.seed
     )
 
 
 def _restored(
-    arm: Arm, training: Training, checkpoints: Checkpoints, console: Console
+    like: TrainState, checkpoints: Checkpoints, console: Console, *, set_aside: bool
 ) -> Progress | None:
-    like = eqx.filter_eval_shape(
-        begin, arm, training.size, training.recipe, steps=training.steps, seed=training.seed
-    )
-    found = checkpoints.newest(like, lambda text: console.print(text, highlight=False))
+    def warn(text: str) -> None:
+        console.print(text, highlight=False)
+
+    found = checkpoints.newest(like, warn, set_aside=set_aside)
     if found is None:
         return None
     _, state, notes = found
@@ -145,9 +162,9 @@ def load_run(folder: Path, console: Console) -> tuple[Arm, Size, int, mode.Trans
     )
     (arm,) = arms_named([training.arm])
     stood = None
-    if (folder / "checkpoints").is_dir():
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         checkpoints = Checkpoints(folder / "checkpoints", training.keep)
-        stood = _restored(arm, training, checkpoints, console)
+        stood = _restored(_like(arm, training), checkpoints, console, set_aside=False)
     if stood is None:
         raise ValueError(
             f"`checkpoint` must hold a checkpoint, got {folder}, where none was saved yet. "
