@@ -252,7 +252,7 @@ def test_an_arm_of_whole_sequences_has_no_text(tmp_path: Path, texts: str) -> No
 
 @pytest.mark.parametrize("arm", ["dense", "mode-staged"])
 def test_every_arm_generates(arm: str, tmp_path: Path, texts: str) -> None:
-    run.run_training(training(tmp_path / "run", texts, arm=arm, steps=3), quiet())
+    run.run_training(training(tmp_path / "run", texts, arm=arm, steps=2), quiet())
     text, report = generated(tmp_path / "run", steps=3)
     assert text
     assert ("nothing is routed" in report) == (arm == "dense")

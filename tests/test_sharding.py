@@ -84,7 +84,7 @@ def test_a_mesh_changes_no_number(mesh_name: str) -> None:
     """Loss, logits, router state and every gradient of a model that has a layer of every kind; and
     everything lies where it should."""
     axes, rules = MESHES[mesh_name]
-    model, mesh = build(*KINDS), mesh_of(axes)
+    model, mesh = mode.Transformer(VOCAB, DIM, list(KINDS.values()), key=KEY), mesh_of(axes)
     value, (logits, moved), gradient = loss_and_gradient(model, tokens())
     with jax.set_mesh(mesh):
         where = mode.placement(model, mesh, rules)
