@@ -83,7 +83,7 @@ def generate(
             f"`steps` and `prompts` must fit into max_tokens={max_tokens}, got {steps} steps after "
             f"{prompts.shape[-1]} tokens. Raise `max_tokens`, or ask for fewer steps."
         )
-    _check_sampling(model, prompts.shape[0], sampler, keys, stop)
+    stop = _check_sampling(model, prompts.shape[0], sampler, keys, stop)
     decoding = prefill(model, prompts, lengths, max_tokens=max_tokens)
     return sample(model, decoding, steps=steps, sampler=sampler, keys=keys, stop=stop)
 
@@ -126,7 +126,7 @@ def sample(
         decoding, done = decoding.decoding, decoding.done
     check_alive(decoding)
     batch = decoding.length.shape[0]
-    _check_sampling(model, batch, sampler, keys, stop)
+    stop = _check_sampling(model, batch, sampler, keys, stop)
     done = jnp.zeros(batch, bool) if done is None else done
     if not isinstance(decoding.length, Tracer):
         longest = int(jnp.max(jnp.where(done, 0, decoding.length)))
@@ -177,17 +177,23 @@ def _check_sampling(
     sampler: Sampler,
     keys: Shaped[Array, "batch ..."] | None,
     stop: int | None,
-) -> None:
+) -> int | None:
     vocab = model.embedding.shape[0]
-    if stop is not None and not (isinstance(stop, int) and 0 <= stop < vocab):
-        raise ValueError(f"`stop` must be a token id from 0 to {vocab - 1}, got {stop}.")
+    if stop is not None:
+        stop = check_count("stop", stop, 0)
+        if stop >= vocab:
+            raise ValueError(f"`stop` must be a token id from 0 to {vocab - 1}, got {stop}.")
     if not isinstance(sampler, Sampler):
         raise ValueError(f"`sampler` must be a `Sampler`, got {type(sampler).__name__}.")
-    if sampler.temperature == 0 and keys is None:
-        return
-    typed = hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)  # pyright: ignore
-    shape = getattr(keys, "shape", None)
-    # Old-style keys are rows of two numbers.
+    if sampler.temperature > 0 or keys is not None:
+        _check_keys(keys, batch)
+    return stop
+
+
+def _check_keys(keys: object, batch: int) -> None:
+    shape, dtype = getattr(keys, "shape", None), getattr(keys, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    # Old-style keys are rows of numbers.
     if shape is None or len(shape) != (1 if typed else 2) or shape[0] != batch:
         raise ValueError(
             f"`keys` must hold one key per member, {batch} of them, where the temperature is above "

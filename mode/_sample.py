@@ -1,6 +1,7 @@
 """From logits to the next token."""
 
 import math
+from numbers import Integral
 
 import equinox as eqx
 import jax
@@ -49,7 +50,7 @@ class Sampler(eqx.Module):
                 f"{self.temperature!r}. "
                 "0 takes the likeliest token."
             )
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+        if self.top_k is not None and not (isinstance(self.top_k, Integral) and self.top_k >= 1):
             raise ValueError(
                 f"`top_k` must be an integer of at least 1, got {self.top_k}. None keeps every "
                 "token."
@@ -74,7 +75,7 @@ class Sampler(eqx.Module):
         scaled = logits.astype(float32_or_wider(logits.dtype)) / self.temperature
         if self.top_k is None and self.top_p == 1:
             return jax.random.categorical(key, scaled)
-        kept, ids = jax.lax.top_k(scaled, min(self.top_k or logits.size, logits.size))
+        kept, ids = jax.lax.top_k(scaled, min(int(self.top_k or logits.size), logits.size))
         if self.top_p < 1:
             share = jax.nn.softmax(kept)
             likelier = jnp.cumsum(share) - share  # the probability of all that come before

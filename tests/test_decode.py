@@ -319,6 +319,23 @@ def test_a_block_of_a_user_s_own_joins_by_one_method() -> None:
     check(model, texts(), scale=2)
 
 
+class Forgetful(Decodable):
+    """Which forgets what it saw."""
+
+    def extend(self, x: Any, info: Any, past: mode.Past) -> Any:
+        return self(x, info)[0], jnp.where(info.valid[..., None], self.inner(x), 0)
+
+
+def test_the_check_tells_a_block_that_decodes_from_one_that_does_not() -> None:
+    def model(kind: type[Decodable]) -> mode.Transformer:
+        block = kind(mode.Linear(DIM, DIM, key=KEY))
+        return mode.Transformer(VOCAB, DIM, [dense, lambda key: mode.Residual(block)], key=KEY)
+
+    mode.testing.assert_decodes(model(Decodable), vocab=VOCAB)
+    with pytest.raises(AssertionError, match=r"after \d+ tokens, .* the logits of member \d are"):
+        mode.testing.assert_decodes(model(Forgetful), vocab=VOCAB)
+
+
 def without_method(block: Any) -> mode.Transformer:
     return mode.Transformer(VOCAB, DIM, [lambda key: mode.Residual(block(key))], key=KEY)
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ import pytest
 from rich.console import Console
 
 import mode
-from mode.lab import ablate, arms, budget, evaluate, files, store, train
+from mode.lab import ablate, arms, budget, evaluate, files, step as steps, store, train
 from mode.lab.__main__ import main
 from mode.lab.data import Batch, batches, held_out_batches, read_corpus
 
@@ -100,7 +101,7 @@ def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(te
     trained = train.train(
         arm,
         SIZE,
-        train.Recipe(),
+        steps.Recipe(),
         documents,
         steps=12,
         seed=0,
@@ -115,26 +116,65 @@ def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(te
     assert trained.losses[-1] < trained.losses[0]
 
 
+def trained_with(texts, **recipe):
+    return train.train(
+        arms.arms_named(["mod"])[0],
+        SIZE,
+        steps.Recipe(**recipe),
+        read_corpus(texts, length=SIZE.length).train,
+        steps=12,
+        seed=0,
+        watch=lambda taken, loss: None,
+    )
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(texts):
-    documents = read_corpus(texts, length=SIZE.length).train
-    with pytest.raises(FloatingPointError, match=r"loss of arm 'dense' became .* at step"):
+    """At the step itself, with what the routers did; the parameters are those before it."""
+    words = r"of arm 'mod' is not finite at step \d+ \(router 1: largest logit .* slots per token"
+    with pytest.raises(FloatingPointError, match=words):
+        trained_with(texts, learning_rate=math.inf)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch):
+    """It changes nothing and is said; many in a row stop the run all the same."""
+    whole = steps.loss_and_gradient
+
+    def now_and_then(arm, model, batch, key):
+        loss, routings, gradient = whole(arm, model, batch, key)
+        # Of the state, so that one program serves all steps.
+        bad = mode.routers(model)[0].state.updates.reshape(-1)[0] == bad_after
+        return jax.numpy.where(bad, math.nan, loss), routings, gradient
+
+    monkeypatch.setattr(steps, "loss_and_gradient", now_and_then)
+    bad_after = -1
+    assert all(map(math.isfinite, trained_with(texts, on_nonfinite="skip").losses))
+    bad_after = 3  # after three good steps none is good: the router state stays as it is
+    with (
+        warnings.catch_warnings(record=True) as said,
+        pytest.raises(FloatingPointError, match=r"is not finite at step 13"),
+    ):
+        warnings.simplefilter("always")
         train.train(
-            arms.ARMS[0],
+            arms.arms_named(["mod"])[0],
             SIZE,
-            train.Recipe(learning_rate=math.inf),
-            documents,
-            steps=12,
+            steps.Recipe(on_nonfinite="skip"),
+            read_corpus(texts, length=SIZE.length).train,
+            steps=20,
             seed=0,
             watch=lambda taken, loss: None,
         )
+    assert len(said) == 9
+    assert "the loss (nan) of arm 'mod' is not finite at step 4, which is left" in str(
+        said[0].message
+    )
 
 
 def test_one_program_serves_a_phase(texts):
     arm = arms.arms_named(["mod"])[0]
     documents = read_corpus(texts, length=SIZE.length).train
-    optimizer = train.make_optimizer(train.Recipe(), 8)
+    optimizer = steps.make_optimizer(steps.Recipe(), 8)
     model = arm.build(SIZE, key=jax.random.key(0))
-    state = train.TrainState(
+    state = steps.TrainState(
         model,
         optimizer.init(eqx.filter(model, mode.trainable(model))),
         jax.numpy.zeros((), "int32"),
@@ -146,7 +186,7 @@ def test_one_program_serves_a_phase(texts):
         traces.append(1)
         return jax.numpy.zeros(())
 
-    step = train.make_step(dataclasses.replace(arm, auxiliary=auxiliary), optimizer)
+    step = steps.make_step(dataclasses.replace(arm, auxiliary=auxiliary), optimizer)
     stream = batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0)
     for _ in range(3):
         state, _ = step(next(stream), state)
@@ -157,10 +197,10 @@ def test_weights_of_another_document_do_not_count(texts):
     documents = read_corpus(texts, length=SIZE.length).train
     batch = Batch.of(next(batches(documents, length=SIZE.length, batch=2, seed=0)))
     model = arms.ARMS[0].build(SIZE, key=jax.random.key(0))
-    loss, _ = train.next_byte_loss(model, batch, jax.random.key(0))
+    loss, _ = steps.next_byte_loss(model, batch, jax.random.key(0))
     targets = jax.numpy.where(batch.weights > 0, batch.targets, 7)
     other = eqx.tree_at(lambda b: b.targets, batch, targets)
-    assert loss == train.next_byte_loss(model, other, jax.random.key(0))[0]
+    assert loss == steps.next_byte_loss(model, other, jax.random.key(0))[0]
 
 
 def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(texts, tmp_path):

@@ -19,7 +19,7 @@ import mode
 from mode.lab import checkpoint, generate, run
 from mode.lab.__main__ import main
 from mode.lab.arms import Size
-from mode.lab.train import Recipe, TrainState
+from mode.lab.step import Recipe, TrainState
 
 
 OPTIMISED = True

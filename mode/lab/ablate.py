@@ -20,8 +20,9 @@ from .evaluate import evaluate, routing_sample
 from .files import claim, read_settings
 from .progress import progress
 from .report import write_report
+from .step import Recipe
 from .store import ArmResult, load_result, save_arm
-from .train import Recipe, Watch, train
+from .train import Watch, train
 
 
 @dataclasses.dataclass(frozen=True)

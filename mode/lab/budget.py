@@ -10,7 +10,7 @@ import mode
 
 from .arms import ARMS, Arm, Size
 from .data import Batch, shape_of_batch
-from .train import loss_and_gradient
+from .step import loss_and_gradient
 
 
 # A budget of 1 is what the dense arm spends on this many steps.

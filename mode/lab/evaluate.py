@@ -17,7 +17,7 @@ import mode
 
 from .arms import Arm
 from .data import Batch, Sample
-from .train import next_byte_loss
+from .step import next_byte_loss
 
 
 # Tokens of the routing map: what is readable across a page.

@@ -1,6 +1,7 @@
 """One arm for a stated number of steps: the command `mode-lab train`, and what reads its folder."""
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,8 @@ from .data import Corpus, held_out_batches, read_corpus
 from .evaluate import Evaluation, evaluate
 from .files import claim, read_settings, write_json
 from .progress import progress
-from .train import Progress, Recipe, Saving, TrainState, begin, train
+from .step import Recipe, TrainState, begin
+from .train import Progress, Saving, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +90,29 @@ def run_training(training: Training, console: Console) -> None:
         progress(console, 1) as bars,
         bars.arm(arm.name, training.steps) as watch,
     ):
-        trained = train(
-            arm,
-            training.size,
-            training.recipe,
-            corpus.train,
-            steps=training.steps,
-            seed=training.seed,
-            watch=watch,
-            progress=stood,
-            saving=Saving(training.save_every, save),
-        )
+        try:
+            trained = train(
+                arm,
+                training.size,
+                training.recipe,
+                corpus.train,
+                steps=training.steps,
+                seed=training.seed,
+                watch=watch,
+                progress=stood,
+                saving=Saving(training.save_every, save),
+            )
+        except FloatingPointError as error:
+            last = f"of step {checkpoints.steps[-1]}" if checkpoints.steps else "not there yet"
+            raise FloatingPointError(f"{error} The last checkpoint is {last}.") from None
     found = _evaluated(arm, training, corpus, trained.model)
     write_json(
         training.out / "result.json",
-        {**dataclasses.asdict(found), "losses": trained.losses, "arm": arm.name},
+        {
+            **dataclasses.asdict(found),
+            "losses": [loss if math.isfinite(loss) else None for loss in trained.losses],
+            "arm": arm.name,
+        },
     )
     console.print(
         f"{arm.name}: held out {found.bits_top_k:.3f} bits per byte, causal "

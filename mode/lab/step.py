@@ -1,0 +1,162 @@
+"""One training step: the loss, its gradient, the update, and whether all of it was finite."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+import mode
+
+from .arms import Arm, Size
+from .data import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How every arm is trained."""
+
+    learning_rate: float = 1e-2
+    """Peak of the cosine schedule, tuned on the dense arm alone."""
+    weight_decay: float = 0.01
+    """Of AdamW, on parameters; router state has none."""
+    clip: float = 1.0
+    """Largest global norm of a gradient."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises from 0."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run, or leave the step out and say
+    so. Parameters are never updated by it."""
+
+
+class TrainState(eqx.Module):
+    """All that a step changes. `mode.causal` swaps the selectors in it, the optimizer's included.
+
+    **Attributes:**
+
+    - `model`: parameters and router state.
+    - `optimizer`: of the parameters alone.
+    - `step`: steps taken.
+    - `key`: of the run; each step folds its number in.
+    """
+
+    model: mode.Transformer
+    optimizer: PyTree
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+
+
+def next_byte_loss(
+    model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[mode.Routing, ...]]:
+    """Mean cross entropy in nats over the targets that count, and the routings."""
+    logits, routings = model(batch.inputs, batch.info, key=key)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1), routings
+
+
+def loss_and_gradient(
+    arm: Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+) -> tuple[Float[Array, ""], tuple[mode.Routing, ...], PyTree]:
+    """The next-byte loss, the routings, and the gradient of that loss and the arm's own.
+
+    This is what a training step computes; `budget` counts the FLOPs of this very function.
+    """
+    parameters, rest = eqx.partition(model, mode.trainable(model))
+
+    def objective(
+        parameters: PyTree,
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], tuple[mode.Routing, ...]]]:
+        loss, routings = next_byte_loss(eqx.combine(parameters, rest), batch, key)
+        extra = jnp.zeros(()) if arm.auxiliary is None else arm.auxiliary(routings)
+        return loss + extra, (loss, routings)
+
+    gradient, (loss, routings) = jax.grad(objective, has_aux=True)(parameters)
+    return loss, routings, gradient
+
+
+def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
+    """AdamW under a cosine that ends with the last of `steps`, gradients clipped."""
+    warmup = min(steps - 1, max(1, round(recipe.warmup * steps)))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, warmup, steps, end_value=0.05 * recipe.learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.adamw(schedule, b2=0.99, weight_decay=recipe.weight_decay),
+    )
+
+
+class Health(eqx.Module):
+    """What says how a step went.
+
+    **Attributes:**
+
+    - `loss`: in nats.
+    - `finite`: whether it and every gradient are.
+    - `logits`, `compute`: of each router, its largest logit and the slots filled per token.
+    """
+
+    loss: Float[Array, ""]
+    finite: Bool[Array, ""]
+    logits: tuple[Float[Array, ""], ...]
+    compute: tuple[Float[Array, ""], ...]
+
+    @staticmethod
+    def of(
+        loss: Float[Array, ""], gradient: PyTree, routings: tuple[mode.Routing, ...]
+    ) -> "Health":
+        """From what a step computed."""
+        leaves = [loss, *jax.tree.leaves(gradient)]
+        return Health(
+            loss,
+            jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])),
+            tuple(jnp.max(jnp.abs(routing.logits)) for routing in routings),
+            tuple(mode.routing_metrics(routing).compute for routing in routings),
+        )
+
+
+def make_step(
+    arm: Arm, optimizer: optax.GradientTransformation
+) -> Callable[[dict[str, Any], TrainState], tuple[TrainState, Health]]:
+    """One step, jitted: gradient, update, and then the router state moves. The state is donated.
+
+    Where the loss or a gradient is not finite, the step counts and changes nothing.
+    """
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(
+        sample: dict[str, Int[Array, "batch sample"]], state: TrainState
+    ) -> tuple[TrainState, Health]:
+        key = jax.random.fold_in(state.key, state.step)
+        loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
+        health = Health.of(loss, gradient, routings)
+        arrays, rest = eqx.partition((state.model, state.optimizer), eqx.is_array)
+
+        def update() -> PyTree:
+            model, optimizer_state = eqx.combine(arrays, rest)
+            parameters = eqx.filter(model, mode.trainable(model))
+            # Inside optax integers meet floats: its business, where strict promotion is on.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
+            model = mode.update_state(eqx.apply_updates(model, updates), routings)
+            return eqx.filter((model, optimizer_state), eqx.is_array)
+
+        arrays = jax.lax.cond(health.finite, update, lambda: arrays)
+        model, optimizer_state = eqx.combine(arrays, rest)
+        return TrainState(model, optimizer_state, state.step + 1, state.key), health
+
+    return step
+
+
+def begin(arm: Arm, size: Size, recipe: Recipe, *, steps: int, seed: int) -> TrainState:
+    """The state before the first of `steps` steps."""
+    model_key, run_key = jax.random.split(jax.random.key(seed))
+    built = arm.build(size, key=model_key)
+    parameters = eqx.filter(built, mode.trainable(built))
+    optimizer = make_optimizer(recipe, steps)
+    return TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
