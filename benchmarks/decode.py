@@ -25,7 +25,7 @@ import mode
 VOCAB, DIM, DEPTH, HEADS, CAPACITY, LIMIT = 256, 512, 8, 8, 0.125, 0.1875
 PROMPT, STEPS = 16, 8
 WORST_UP_TO = 32  # members
-FASTER, MEMORY, WORST = 1.75, 0.6, 1.15
+FASTER, MEMORY, WORST, DRIFT = 1.75, 0.6, 1.15, 1.1
 
 
 def decoder(kv_heads: int, *, routed: bool) -> mode.Transformer:
@@ -90,6 +90,22 @@ def fitting_kv_heads(kv_heads: int, batch: int, cache: int, gigabytes: float) ->
     return kv_heads
 
 
+def drift(batch: int, cache: int) -> bool:
+    """Whether a step takes as long at the end of a text as at its start."""
+    turns = (cache - PROMPT) // STEPS
+    text = jax.random.randint(jax.random.key(1), (batch, cache), 0, VOCAB)
+    run = Run(calibrated(decoder(HEADS, routed=True), text[:, :256]), text, cache)
+    seconds = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    third = turns // 3
+    ratio = np.median(seconds[-third:]) / np.median(seconds[1:third])
+    print(f"the last third of {turns * STEPS} steps / the first: {ratio:.2f} (limit {DRIFT})")
+    return bool(ratio <= DRIFT)
+
+
 def measure(kv_heads: int, batch: int, cache: int, rounds: int) -> bool:
     length = PROMPT + STEPS * (rounds + 1)
     text = jax.random.randint(jax.random.key(1), (batch, length), 0, VOCAB)
@@ -136,5 +152,6 @@ if __name__ == "__main__":
         for cache in options.caches
         for batch in options.batches
     ]
+    held.append(drift(batch=8, cache=1024))
     print(f"{time.perf_counter() - began:.0f} s in all")
     sys.exit(0 if all(held) else 1)

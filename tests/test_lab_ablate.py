@@ -150,10 +150,9 @@ def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch):
     assert all(map(math.isfinite, trained_with(texts, on_nonfinite="skip").losses))
     bad_after = 3  # after three good steps none is good: the router state stays as it is
     with (
-        warnings.catch_warnings(record=True) as said,
+        warnings.catch_warnings(record=True, action="always") as said,
         pytest.raises(FloatingPointError, match=r"is not finite at step 13"),
     ):
-        warnings.simplefilter("always")
         train.train(
             arms.arms_named(["mod"])[0],
             SIZE,
