@@ -1,13 +1,13 @@
 """From logits to the next token."""
 
 import math
-from numbers import Integral
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ._capacity import check_count
 from ._precision import float32_or_wider
 
 
@@ -46,15 +46,11 @@ class Sampler(eqx.Module):
             math.isfinite(self.temperature) and self.temperature >= 0
         ):
             raise ValueError(
-                f"`temperature` must be a finite Python number of at least 0, got "
-                f"{self.temperature!r}. "
+                f"`temperature` must be a finite number of at least 0, got {self.temperature}. "
                 "0 takes the likeliest token."
             )
-        if self.top_k is not None and not (isinstance(self.top_k, Integral) and self.top_k >= 1):
-            raise ValueError(
-                f"`top_k` must be an integer of at least 1, got {self.top_k}. None keeps every "
-                "token."
-            )
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(
                 f"`top_p` must be above 0 and at most 1, got {self.top_p}. 1.0 keeps every token."

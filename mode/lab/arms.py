@@ -7,6 +7,7 @@ a dense one. They differ in the routed layer and in nothing else, but for the nu
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ class Size:
     """Experts of the arms that have no-ops or go without; the others have `experts + noop`."""
     noop: int = 2
     """No-op experts of integrated MoDE."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters, routers and the optimizer are float32 either way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +78,8 @@ class Arm:
         def layer(key: PRNGKeyArray) -> Callable:
             return dense(key) if routed is None else routed(size, key)
 
-        return mode.Transformer(
-            VOCAB, size.dim, mode.every_other(dense, layer, size.depth), key=key
-        )
+        layers = mode.every_other(dense, layer, size.depth)
+        return mode.Transformer(VOCAB, size.dim, layers, dtype=jnp.dtype(size.dtype), key=key)
 
     def change(self, steps: int) -> int:
         """The step from which training runs under `rule`; `steps` where it never does."""

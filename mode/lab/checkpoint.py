@@ -92,7 +92,7 @@ class Checkpoints:
             )
         for step, wrong in unsound.items():
             where = self._set_aside(step) if set_aside else self.folder / str(step)
-            warn(f"the checkpoint of step {step} is damaged: {where} ({wrong})")
+            warn(f"the checkpoint of step {step} is not used: {where} ({wrong})")
         return None if sound is None else (sound, *self._restore(sound, like))
 
     def _set_aside(self, step: int) -> Path:

@@ -15,7 +15,6 @@ from rich.table import Table
 
 import mode
 
-from .arms import Arm
 from .data import DOCUMENT_START
 from .files import write_atomically
 from .plots import plot_generated
@@ -95,12 +94,13 @@ def run_generation(
     if not found:
         console.print("every layer computed every byte: nothing is routed", highlight=False)
         return
-    console.print(_table(found))
     tokens = np.array([*prompt, *pieces.tokens])
-    counts = np.concatenate([np.asarray(part.count[:, 0]) for part in _outermost(arm, found)])
-    write_atomically(
-        path, lambda beside: plot_generated(beside, tokens, counts[:, : len(tokens)], len(prompt))
-    )
+    # The last piece may have gone on behind the last byte asked for.
+    counts = [np.asarray(part.count)[:, 0, : len(tokens)] for part in found]
+    nested = arm.name == "mode-staged"  # the experts' router is inside the depth's
+    console.print(_table(found, counts, nested))
+    outer = np.concatenate(counts[:: 2 if nested else 1])
+    write_atomically(path, lambda beside: plot_generated(beside, tokens, outer, len(prompt)))
     console.print(f"what was computed for which byte: {path}", highlight=False)
 
 
@@ -157,17 +157,19 @@ class _Pieces:
         self.speed = computed / (time.perf_counter() - began) if computed else float("nan")
 
 
-def _outermost(arm: Arm, found: list[mode.Entered]) -> list[mode.Entered]:
-    """Of nested routers the outer: one in two of a staged arm's records."""
-    return found[::2] if arm.name == "mode-staged" else found
-
-
-def _table(found: list[mode.Entered]) -> Table:
+def _table(found: list[mode.Entered], counts: list[np.ndarray], nested: bool) -> Table:
     table = Table(box=rich.box.SIMPLE)
     table.add_column("router")
-    for name in ("computed, of the bytes", "trained for", "turned away"):
+    for name in ("computed, of what came", "trained for", "turned away"):
         table.add_column(name, justify="right")
-    for place, part in enumerate(found, 1):
-        share, refused = (float(np.asarray(value)[0, 0]) for value in (part.share, part.refused))
-        table.add_row(str(place), f"{share:.3f}", f"{part.trained:.3f}", f"{refused:.0f}")
+    for place, (part, count) in enumerate(zip(found, counts, strict=True)):
+        inner = nested and place % 2 == 1
+        came = counts[place - 1].sum() if inner else count.size
+        refused = np.asarray(part.refused)[:, 0].sum()
+        table.add_row(
+            str(place + 1),
+            f"{count.sum() / max(came, 1):.3f}",
+            f"{part.trained:.3f}",
+            str(refused),
+        )
     return table
