@@ -127,7 +127,10 @@ def sample(
     check_alive(decoding)
     batch = decoding.length.shape[0]
     stop = _check_sampling(model, batch, sampler, keys, stop)
-    done = jnp.zeros(batch, bool) if done is None else done
+    if done is None:
+        # Nobody yet. Of `length`, to lie where it does: elsewhere the next piece would be another
+        # program.
+        done = decoding.length < 0
     if not isinstance(decoding.length, Tracer):
         longest = int(jnp.max(jnp.where(done, 0, decoding.length)))
         if longest + steps > decoding.max_tokens:

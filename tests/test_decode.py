@@ -1,6 +1,7 @@
 """Decoding token by token is the teacher-forced forward of the causal model, for every layer."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -254,6 +255,24 @@ def test_a_text_in_pieces_is_the_text() -> None:
     # Inside, experts see what the depth let in, and nobody else.
     assert (experts.count[depth.count == 0] == 0).all()
     assert experts.count.any()
+
+
+def test_one_program_for_all_pieces() -> None:
+    """Where arrays are bound to a device, as those read from a checkpoint are, too."""
+    arrays, rest = eqx.partition(causal("mod"), eqx.is_array)
+    model = eqx.combine(jax.device_put(arrays, jax.devices()[0]), rest)
+    made = mode.prefill(model, texts()[:, :PROMPT], LENGTHS, max_tokens=TOKENS)
+    made = mode.sample(model, made, steps=2, stop=7)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled: list[str] = []
+        patch.setattr(
+            logging.Logger, "_log", lambda self, level, msg, *rest, **_: compiled.append(msg)
+        )
+        for _ in range(2):
+            made = mode.sample(model, made, steps=2, stop=7)
+    assert not [
+        message for message in compiled if "XLA compilation" in message and "_sample" in message
+    ]
 
 
 def test_a_donated_cache_is_written_in_place() -> None:
