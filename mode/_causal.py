@@ -27,7 +27,8 @@ def causal(model: PyTree, *, by: AbstractRule | None = None, limit: Share | None
 
     Content is one thing, length another: under `TokenChoice`, `Strided`, or a `limit` below 1 the
     slots are a share of the *whole* length, so a prefix alone may be routed otherwise than inside a
-    longer sequence. Compare at one length, padded at the end.
+    longer sequence. Compare at one length, padded at the end. (`RandomChoice`, `Strided` and
+    `Replay` decide for whole sequences: such a model can be evaluated, but `prefill` refuses it.)
 
     **Arguments:**
 
