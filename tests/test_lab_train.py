@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import mode
@@ -216,6 +218,45 @@ def test_a_save_that_was_killed_is_no_checkpoint(tmp_path: Path) -> None:
     assert "not finished" in warnings[0]
     checkpoints.save(1, TREE, {})
     assert checkpoints.newest(TREE, pytest.fail) is not None
+
+
+# Writers that met the full disk first leave the others with a closed event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    """No file may grow beyond some kilobytes while the second checkpoint is saved."""
+    checkpoints = store(tmp_path, steps=(1,))
+    large = {**TREE, "c": jax.random.normal(jax.random.key(0), (1 << 16,))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"step 2 could not be saved .*The one of step 1 is whole"
+        ):
+            checkpoints.save(2, large, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = checkpoint.Checkpoints(tmp_path, keep=3).newest(TREE, pytest.fail)
+    assert found is not None
+    assert found[0] == 1
+
+
+def test_a_checkpoint_goes_onto_another_mesh(tmp_path: Path) -> None:
+    def on(axes: dict[str, int]) -> NamedSharding:
+        devices = jax.devices()[: math.prod(axes.values())]
+        types = (AxisType.Auto,) * len(axes)
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+        return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+    whole = jnp.arange(64.0).reshape(16, 4)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"a": jax.device_put(whole, on({"data": 8}))}, {})
+    for axes in ({"data": 2, "expert": 4}, {"data": 4}, {"data": 1}):
+        like = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=on(axes))
+        found = checkpoints.newest({"a": like}, pytest.fail)
+        assert found is not None
+        assert found[1]["a"].sharding == on(axes)
+        assert (found[1]["a"] == whole).all()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def main(args: list[str] | None = None) -> int:
                 run_generation(asked, _write, Console(stderr=True))
             case _:
                 report(asked.out, console)
-    except (ValueError, FloatingPointError) as error:
+    except BrokenPipeError:  # whoever read the text has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"mode-lab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,9 +60,6 @@ def main(args: list[str] | None = None) -> int:
         }
         print(f"mode-lab: interrupted.{goes_on.get(type(asked), '')}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the text has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 

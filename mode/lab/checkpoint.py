@@ -47,18 +47,28 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> None:
-        """Keep the arrays of `tree`, and `notes`, anything that JSON can hold."""
+        """Keep the arrays of `tree`, and `notes`, anything that JSON can hold.
+
+        **Raises:** `OSError` where it cannot be written; earlier checkpoints are as they were.
+        """
         arrays = _named(tree)
         about = {"shapes": _shapes(arrays), "notes": notes}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-            ),
-            force=True,
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
         whole = self.folder / str(step)
-        write_json(whole / _DIGESTS, _digests(whole))
+        earlier = self.steps
+        try:
+            self._manager.save(step, args=args, force=True)
+            write_json(whole / _DIGESTS, _digests(whole))
+        # What a full disk raises is up to the writer of the file that met it.
+        except Exception as error:
+            kept = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
+            reason = str(error).strip().split("\n")[0]
+            raise OSError(
+                f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}. "
+                f"{kept}; the same command goes on from there once there is room."
+            ) from error
 
     def newest(
         self, like: PyTree, warn: Callable[[str], None], *, set_aside: bool = False
