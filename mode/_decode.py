@@ -60,7 +60,7 @@ def prefill(
     check_model(model)
     max_tokens = check_count("max_tokens", max_tokens, 1)
     tokens, lengths = check_prompt("tokens", model, tokens, lengths, max_tokens)
-    return _prefill(model, tokens, lengths, max_tokens)
+    return read(model, tokens, lengths, max_tokens)
 
 
 def _read(
@@ -82,7 +82,8 @@ def _read(
     return Decoding(model.unembed(last), lengths, tuple(caches), max_tokens)
 
 
-_prefill = eqx.filter_jit(_read)
+# `prefill` of arguments that were checked.
+read = eqx.filter_jit(_read)
 
 
 def step(

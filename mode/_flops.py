@@ -34,6 +34,8 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
+from ._precision import is_shaped
+
 
 # Operations per floating-point number of the result.
 _ELEMENTWISE = {
@@ -112,9 +114,7 @@ def count_flops(function: Callable[..., PyTree], *args: Any, **kwargs: Any) -> F
     >>> mode.count_flops(routed, x).parts["mode.SwiGLU"] / dense.parts["mode.SwiGLU"]
     0.125
     """
-    arrays, static = eqx.partition(
-        (function, args, kwargs), lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
-    )
+    arrays, static = eqx.partition((function, args, kwargs), is_shaped)
 
     def run(arrays: PyTree) -> PyTree:
         function, args, kwargs = eqx.combine(arrays, static)

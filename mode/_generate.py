@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from ._cache import Decoding
 from ._capacity import check_count
-from ._decode import advance, prefill
+from ._decode import advance, read
 from ._decode_checks import check_alive, check_model, check_prompt
 from ._decoder import Transformer
 from ._sample import Sampler
@@ -84,7 +84,7 @@ def generate(
             f"{prompts.shape[-1]} tokens. Raise `max_tokens`, or ask for fewer steps."
         )
     stop = _check_sampling(model, prompts.shape[0], sampler, keys, stop)
-    decoding = prefill(model, prompts, lengths, max_tokens=max_tokens)
+    decoding = read(model, prompts, lengths, max_tokens)
     return sample(model, decoding, steps=steps, sampler=sampler, keys=keys, stop=stop)
 
 

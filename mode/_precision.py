@@ -1,6 +1,6 @@
-"""Which dtype to compute in, and parameters cast to it."""
+"""Arrays by their kind: which dtype to compute in, parameters cast to it, shapes for arrays."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,11 @@ def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
     Not `jnp.promote_types`, which refuses two dtypes under strict promotion.
     """
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def is_shaped(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one: what programs are traced with."""
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def cast_parameters(module: Module, dtype: DTypeLike) -> Module:

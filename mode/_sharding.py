@@ -18,10 +18,11 @@ import math
 import re
 from typing import Any
 
-import equinox as eqx
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
+
+from ._precision import is_shaped
 
 
 MeshAxes = str | tuple[str, ...] | None
@@ -99,7 +100,7 @@ def placement(tree: PyTree, mesh: Mesh, rules: tuple[Rule, ...] = PARAMETERS) ->
         )
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
-        if not _is_array(leaf):
+        if not is_shaped(leaf):
             return None
         name = jax.tree_util.keystr(path)
         return NamedSharding(mesh, _spec(name, leaf.shape, mesh, rules))
@@ -109,10 +110,6 @@ def placement(tree: PyTree, mesh: Mesh, rules: tuple[Rule, ...] = PARAMETERS) ->
 
 def _is_auto(mesh: Mesh | AbstractMesh) -> bool:
     return all(kind == AxisType.Auto for kind in mesh.axis_types)
-
-
-def _is_array(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple[Rule, ...]) -> PartitionSpec:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._block import Routings
+from ._precision import is_shaped
 from ._router import Router
 from ._routing import RouterState, Routing
 from ._select import TokenChoice
@@ -67,8 +68,7 @@ def trainable(model: PyTree) -> PyTree[bool]:
     def decide(node: PyTree) -> PyTree[bool]:
         if isinstance(node, RouterState):
             return jax.tree.map(lambda _: False, node)
-        shaped = eqx.is_array(node) or isinstance(node, jax.ShapeDtypeStruct)
-        return shaped and jnp.issubdtype(node.dtype, jnp.inexact)
+        return is_shaped(node) and jnp.issubdtype(node.dtype, jnp.inexact)
 
     return jax.tree.map(decide, model, is_leaf=lambda node: isinstance(node, RouterState))
 

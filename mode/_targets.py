@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
 from ._decode import Decoding
+from ._precision import is_shaped
 from ._sharding import BATCH, DECODING, PARAMETERS, Rule, placement
 
 
@@ -139,7 +140,7 @@ def compiles_for(
     placed = [
         _placed(arg, placement(arg, mesh, rule)) for arg, rule in zip(args, rules, strict=True)
     ]
-    parts = [eqx.partition(arg, _is_shaped) for arg in placed]
+    parts = [eqx.partition(arg, is_shaped) for arg in placed]
 
     def run(*arrays: PyTree) -> PyTree:
         whole = (eqx.combine(part, rest) for part, (_, rest) in zip(arrays, parts, strict=True))
@@ -206,16 +207,12 @@ def _need(module: str, extra: str, target: str) -> None:
         )
 
 
-def _is_shaped(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
 def _rules_for(arg: Any) -> tuple[Rule, ...]:
     if isinstance(arg, Decoding):
         return DECODING
-    shaped = [leaf for leaf in jax.tree.leaves(arg) if _is_shaped(leaf)]
+    shaped = [leaf for leaf in jax.tree.leaves(arg) if is_shaped(leaf)]
     integers = all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in shaped)
-    return BATCH if _is_shaped(arg) or integers else PARAMETERS
+    return BATCH if is_shaped(arg) or integers else PARAMETERS
 
 
 def _placed(arg: PyTree, where: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from .files import write_json
+from .files import differences, write_json
 
 
 Named = dict[str, Any]
@@ -186,13 +186,9 @@ def _shapes(arrays: Named) -> dict[str, str]:
 
 
 def _check_shapes(folder: Path, step: int, got: dict[str, str], wanted: dict[str, str]) -> None:
-    differences = [
-        f"  {name}: {got.get(name, 'absent')} there, {wanted.get(name, 'absent')} expected"
-        for name in sorted(got.keys() | wanted.keys())
-        if got.get(name) != wanted.get(name)
-    ]
-    if differences:
+    found = differences(got, wanted, "expected")
+    if found:
         raise ValueError(
             f"the checkpoint of step {step} in {folder} is of another model:\n"
-            + "\n".join(differences[:20])
+            + "\n".join(found[:20])
         )

@@ -43,17 +43,22 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     there, asked = _flat(read_settings(out)), _flat(settings)
-    differences = [
-        f"  {name}: {there.get(name, 'absent')} there, {asked.get(name, 'absent')} asked for"
-        for name in sorted(there.keys() | asked.keys())
-        if there.get(name, "absent") != asked.get(name, "absent")
-    ]
-    if differences:
+    found = differences(there, asked, "asked for")
+    if found:
         raise ValueError(
             f"`out` must be new or hold a run of the same configuration, got {out}, where\n"
-            + "\n".join(differences)
+            + "\n".join(found)
             + "\nChoose another `--out`, or delete it."
         )
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any], how: str) -> list[str]:
+    """A line for each name whose value is not the one that is wanted."""
+    return [
+        f"  {name}: {there.get(name, 'absent')} there, {wanted.get(name, 'absent')} {how}"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name, "absent") != wanted.get(name, "absent")
+    ]
 
 
 def read_settings(out: Path) -> dict[str, Any]:
