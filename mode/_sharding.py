@@ -64,7 +64,9 @@ BATCH = (Rule(r"", (_BATCH,)),)
 DECODING = (Rule(r"\.caches\b", (None, _BATCH)), Rule(r"", (_BATCH,)))
 
 
-def placement(tree: PyTree, mesh: Mesh, rules: tuple[Rule, ...] = PARAMETERS) -> PyTree:
+def placement(
+    tree: PyTree, mesh: Mesh | AbstractMesh, rules: tuple[Rule, ...] = PARAMETERS
+) -> PyTree:
     """Where each array of a tree lies on a mesh.
 
     **Arguments:**
@@ -72,6 +74,7 @@ def placement(tree: PyTree, mesh: Mesh, rules: tuple[Rule, ...] = PARAMETERS) ->
     - `tree`: a model, an optimizer's state, a batch, a `Decoding`; or their shapes.
     - `mesh`: of axes named `data`, `expert` or both, and of type `Auto`, which lets the compiler
         place what lies between the layers: `jax.make_mesh(sizes, names, axis_types=(Auto, ...))`.
+        Inside a program, `jax.sharding.get_abstract_mesh()`.
     - `rules`: the first whose pattern is found decides. `PARAMETERS` is for models and optimizer
         states, `BATCH` for batches, `DECODING` for a `Decoding`; put your own before them.
 
@@ -112,7 +115,9 @@ def _is_auto(mesh: Mesh | AbstractMesh) -> bool:
     return all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: tuple[Rule, ...]) -> PartitionSpec:
+def _spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: tuple[Rule, ...]
+) -> PartitionSpec:
     rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
     if rule is None:
         raise ValueError(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from .devices import by_lead
 from .files import differences, write_json
 
 
@@ -60,7 +61,7 @@ class Checkpoints:
         earlier = self.steps
         try:
             self._manager.save(step, args=args, force=True)
-            write_json(whole / _DIGESTS, _digests(whole))
+            by_lead(lambda: write_json(whole / _DIGESTS, _digests(whole)))
         # What a full disk raises is up to the writer of the file that met it.
         except Exception as error:
             kept = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
@@ -86,6 +87,11 @@ class Checkpoints:
         **Raises:** `ValueError` for checkpoints of another tree than `like`, and where all are
         damaged.
         """
+        sound = by_lead(lambda: self._newest_sound(warn, set_aside))
+        self._manager.reload()  # what the lead has set aside is gone for all
+        return None if sound is None else (sound, *self._restore(sound, like))
+
+    def _newest_sound(self, warn: Callable[[str], None], set_aside: bool) -> int | None:
         unsound: dict[int, str] = {}
         sound = None
         for step in reversed(self.steps):
@@ -103,13 +109,12 @@ class Checkpoints:
         for step, wrong in unsound.items():
             where = self._set_aside(step) if set_aside else self.folder / str(step)
             warn(f"the checkpoint of step {step} is not used: {where} ({wrong})")
-        return None if sound is None else (sound, *self._restore(sound, like))
+        return sound
 
     def _set_aside(self, step: int) -> Path:
         names = (f"{step}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
         aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
         (self.folder / str(step)).rename(aside)
-        self._manager.reload()
         return aside
 
     def _restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -165,7 +170,8 @@ def _data(leaf: Any) -> Any:
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return eqx.filter_eval_shape(jax.random.key_data, leaf)
+        data = eqx.filter_eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
     return jax.random.key_data(leaf)
 
 

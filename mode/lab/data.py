@@ -195,14 +195,27 @@ class Sequences:
 
 
 def batches(
-    documents: Documents, *, length: int, batch: int, seed: int
+    documents: Documents,
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    part: int = 0,
+    parts: int = 1,
 ) -> grain.DatasetIterator[Sample]:
     """An endless, shuffled stream of batches, in another order every epoch.
 
-    `get_state()` and `set_state(state)` of the result save and restore where it stands.
+    **Arguments:**
+
+    - `batch`: sequences in a whole batch.
+    - `part`, `parts`: the rows to read, one of so many equal parts of every batch, by number; the
+        parts of all numbers are the batch, and no sequence is read in two of them.
+
+    `get_state()` and `set_state(state)` of the result save and restore where it stands, which is
+    the same for all parts.
     """
     dataset = grain.MapDataset.source(Sequences(documents, length)).seed(seed)
-    dataset = dataset.shuffle().repeat().batch(batch, drop_remainder=True)
+    dataset = dataset.shuffle().repeat().batch(batch // parts, drop_remainder=True)[part::parts]
     # Read in the calling thread: cutting a batch from memory takes a fraction of a millisecond,
     # less than a queue would, and a small machine has no core to spare for it.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

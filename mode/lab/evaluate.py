@@ -11,12 +11,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 import mode
 
 from .arms import Arm
 from .data import Batch, Sample
+from .devices import feed, own_rows, to_host
 from .step import next_byte_loss
 
 
@@ -74,18 +76,19 @@ def _loss(
 
 
 def _run(
-    model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray
+    model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray, mesh: Mesh | None
 ) -> tuple[float, int, tuple[mode.Routing, ...]]:
     """Bits per byte, bytes, and the routings of all batches as if of one."""
+    rows = [{name: x[own_rows(len(x))] for name, x in sample.items()} for sample in samples]
     results = [
-        _loss(model, jax.tree.map(jnp.asarray, sample), jax.random.fold_in(key, place))
-        for place, sample in enumerate(samples)
+        to_host(_loss(model, feed(sample, mesh), jax.random.fold_in(key, place)))
+        for place, sample in enumerate(rows)
     ]
     losses = np.array([float(loss) for loss, _, _ in results])
     weights = np.array([float(weight) for _, weight, _ in results])
     bits = float(np.sum(losses * weights) / np.sum(weights) / math.log(2))
 
-    def joined(*leaves: Array) -> np.ndarray:
+    def joined(*leaves: np.ndarray) -> np.ndarray:
         # Axis 0 is the layers that are scanned over, axis 1 the batch.
         return np.concatenate(leaves, axis=1)
 
@@ -94,17 +97,22 @@ def _run(
 
 
 def evaluate(
-    arm: Arm, model: mode.Transformer, samples: list[Sample], *, key: PRNGKeyArray
+    arm: Arm,
+    model: mode.Transformer,
+    samples: list[Sample],
+    *,
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Both losses, and what the causal rule does, on held-out batches.
 
     Precision and recall are taken at the hidden states of the top-k run: on those of the causal run
     the two rules would be asked about different things from the second routed layer on.
     """
-    bits, count, routings = _run(model, samples, key)
+    bits, count, routings = _run(model, samples, key, mesh)
     if not routings:
         return Evaluation(bits, bits, (), count)
-    causal_bits, _, causal_routings = _run(causal_model(arm, model), samples, key)
+    causal_bits, _, causal_routings = _run(causal_model(arm, model), samples, key, mesh)
     reports = _reports(arm.rule, model, routings, causal_routings)
     return Evaluation(bits, causal_bits, reports, count)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import equinox as eqx
 import jax
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 import mode
@@ -16,11 +17,12 @@ import mode
 from .arms import NAMES, Arm, Size, arms_named
 from .checkpoint import Checkpoints
 from .data import Corpus, held_out_batches, read_corpus
+from .devices import Devices, by_lead, laid_out, leads, on
 from .evaluate import Evaluation, evaluate
 from .files import claim, read_settings, write_json
 from .progress import progress
 from .step import Recipe, TrainState, begin
-from .train import Progress, Saving, train
+from .train import Progress, Saving, Trained, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,14 @@ class Training:
     """Steps between two checkpoints; there is one of the last step as well."""
     keep: int = 3
     """How many checkpoints to keep, the newest."""
+    devices: Devices = dataclasses.field(default_factory=Devices)
     size: Size = dataclasses.field(default_factory=Size)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
     def settings(self) -> dict[str, Any]:
         """What decides how the run goes."""
         settings = dataclasses.asdict(self)
-        aside = ("out", "held_out", "save_every", "keep")
+        aside = ("out", "held_out", "save_every", "keep", "devices")
         return {name: settings[name] for name in settings if name not in aside}
 
 
@@ -71,8 +74,14 @@ def run_training(training: Training, console: Console) -> None:
         if getattr(training, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(training, name)}.")
     corpus = read_corpus(training.data, length=training.size.length)
-    like = _like(arm, training)  # before anything is written: it finds sizes that do not fit
-    claim(training.out, {**training.settings(), "corpus": corpus.fingerprint})
+    with on(training.devices, batch=training.size.batch) as mesh:
+        console.quiet = not leads()
+        _run(arm, training, corpus, mesh, console)
+
+
+def _run(arm: Arm, training: Training, corpus: Corpus, mesh: Mesh | None, console: Console) -> None:
+    like = _like(arm, training, mesh)  # before anything is written: it finds sizes that do not fit
+    by_lead(lambda: claim(training.out, {**training.settings(), "corpus": corpus.fingerprint}))
     checkpoints = Checkpoints(training.out / "checkpoints", training.keep)
     stood = _restored(like, checkpoints, console, set_aside=True)
     if stood is not None:
@@ -101,11 +110,18 @@ def run_training(training: Training, console: Console) -> None:
                 watch=watch,
                 progress=stood,
                 saving=Saving(training.save_every, save),
+                mesh=mesh,
             )
         except FloatingPointError as error:
             last = f"of step {checkpoints.steps[-1]}" if checkpoints.steps else "not there yet"
             raise FloatingPointError(f"{error} The last checkpoint is {last}.") from None
-    found = _evaluated(arm, training, corpus, trained.model)
+    found = _evaluated(arm, training, corpus, trained.model, mesh)
+    by_lead(lambda: _report(arm, training, found, trained, console))
+
+
+def _report(
+    arm: Arm, training: Training, found: Evaluation, trained: Trained, console: Console
+) -> None:
     write_json(
         training.out / "result.json",
         {
@@ -124,11 +140,12 @@ def run_training(training: Training, console: Console) -> None:
         console.print(f"To sample from it:\n    {command}", highlight=False)
 
 
-def _like(arm: Arm, training: Training) -> TrainState:
-    """The shapes of the run's state."""
-    return eqx.filter_eval_shape(
+def _like(arm: Arm, training: Training, mesh: Mesh | None) -> TrainState:
+    """The shapes of the run's state, and where they lie."""
+    like = eqx.filter_eval_shape(
         begin, arm, training.size, training.recipe, steps=training.steps, seed=training.seed
     )
+    return laid_out(like, mesh)
 
 
 def _restored(
@@ -144,7 +161,9 @@ def _restored(
     return Progress(state, notes["stream"], notes["losses"])
 
 
-def _evaluated(arm: Arm, training: Training, corpus: Corpus, model: mode.Transformer) -> Evaluation:
+def _evaluated(
+    arm: Arm, training: Training, corpus: Corpus, model: mode.Transformer, mesh: Mesh | None
+) -> Evaluation:
     samples = held_out_batches(
         corpus.held_out,
         length=training.size.length,
@@ -152,7 +171,7 @@ def _evaluated(arm: Arm, training: Training, corpus: Corpus, model: mode.Transfo
         sequences=training.held_out,
     )
     key = jax.random.fold_in(jax.random.key(training.seed), 1)
-    return evaluate(arm, model, samples, key=key)
+    return evaluate(arm, model, samples, key=key, mesh=mesh)
 
 
 def load_run(folder: Path, console: Console) -> tuple[Arm, Size, int, mode.Transformer]:
@@ -174,7 +193,7 @@ def load_run(folder: Path, console: Console) -> tuple[Arm, Size, int, mode.Trans
     stood = None
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         checkpoints = Checkpoints(folder / "checkpoints", training.keep)
-        stood = _restored(_like(arm, training), checkpoints, console, set_aside=False)
+        stood = _restored(_like(arm, training, None), checkpoints, console, set_aside=False)
     if stood is None:
         raise ValueError(
             f"`checkpoint` must hold a checkpoint, got {folder}, where none was saved yet. "

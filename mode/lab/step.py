@@ -14,6 +14,7 @@ import mode
 
 from .arms import Arm, Size
 from .data import Batch
+from .devices import in_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +149,21 @@ def make_step(
 
         arrays = jax.lax.cond(health.finite, update, lambda: arrays)
         model, optimizer_state = eqx.combine(arrays, rest)
-        return TrainState(model, optimizer_state, state.step + 1, state.key), health
+        return in_place(TrainState(model, optimizer_state, state.step + 1, state.key)), health
 
     return step
 
 
 def begin(arm: Arm, size: Size, recipe: Recipe, *, steps: int, seed: int) -> TrainState:
-    """The state before the first of `steps` steps."""
-    model_key, run_key = jax.random.split(jax.random.key(seed))
-    built = arm.build(size, key=model_key)
-    parameters = eqx.filter(built, mode.trainable(built))
-    optimizer = make_optimizer(recipe, steps)
-    return TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+    """The state before the first of `steps` steps, spread over the mesh where one is set."""
+
+    def make() -> TrainState:
+        model_key, run_key = jax.random.split(jax.random.key(seed))
+        built = arm.build(size, key=model_key)
+        parameters = eqx.filter(built, mode.trainable(built))
+        optimizer = make_optimizer(recipe, steps)
+        return TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+
+    # As one program, no device ever holds more than its part.
+    spread = not jax.sharding.get_abstract_mesh().empty
+    return eqx.filter_jit(lambda: in_place(make()))() if spread else make()

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import mode
 
 from .arms import Arm, Size
 from .data import Documents, batches
+from .devices import feed
 from .step import Health, Recipe, TrainState, begin, make_optimizer, make_step
 
 
@@ -77,6 +79,7 @@ def train(
     watch: Watch,
     progress: Progress | None = None,
     saving: Saving | None = None,
+    mesh: Mesh | None = None,
 ) -> Trained:
     """Train `arm` for exactly `steps` steps.
 
@@ -89,6 +92,7 @@ def train(
     - `progress`: where an earlier run of the same arguments stood; every loss and parameter comes
         out as it would have without the interruption.
     - `saving`: keeps the progress.
+    - `mesh`: the one that is set, if any; of every batch, each process reads its own rows.
 
     **Raises:** `FloatingPointError` where the loss or a gradient is not finite, with the step and
     what the routers did; under `on_nonfinite="skip"` only after ten such steps in a row.
@@ -97,7 +101,14 @@ def train(
     state = begin(arm, size, recipe, steps=steps, seed=seed) if progress is None else progress.state
     # The last part may be trained under other selectors; the model is returned under its own.
     structure = jax.tree.structure(state)
-    stream = batches(documents, length=size.length, batch=size.batch, seed=seed)
+    stream = batches(
+        documents,
+        length=size.length,
+        batch=size.batch,
+        seed=seed,
+        part=jax.process_index(),
+        parts=jax.process_count(),
+    )
     losses: list[float] = []
     if progress is not None:
         stream.set_state(progress.stream)
@@ -117,7 +128,7 @@ def train(
             # The first step of a phase compiles, and is looked at alone.
             stop = taken + 1 if taken == started else min(last, *(_after(taken, n) for n in looks))
             start = time.perf_counter()
-            state, healths = _take(step, state, stream, stop - taken)
+            state, healths = _take(step, state, stream, mesh, stop - taken)
             if taken > started:
                 times.append((time.perf_counter() - start) / len(healths))
             skipped = _checked(arm, recipe, healths, taken, skipped)
@@ -143,12 +154,13 @@ def _take(
     step: Callable[[dict[str, Any], TrainState], tuple[TrainState, Health]],
     state: TrainState,
     stream: Iterator[Any],
+    mesh: Mesh | None,
     count: int,
 ) -> tuple[TrainState, list[Health]]:
     """So many steps, and how they went: waits for the device once, at the end."""
     healths = []
     for _ in range(count):
-        state, health = step(next(stream), state)
+        state, health = step(feed(next(stream), mesh), state)
         healths.append(health)
     return state, jax.device_get(healths)
 
