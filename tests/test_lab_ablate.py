@@ -15,6 +15,7 @@ import warnings
 import equinox as eqx
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -135,7 +136,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(texts):
         trained_with(texts, learning_rate=math.inf)
 
 
-def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch):
+@pytest.fixture
+def fresh_programs():
+    """Steps compiled before know nothing of what a test puts in place of their parts."""
+    steps._jitted.cache_clear()
+    yield steps._jitted.cache_clear
+    steps._jitted.cache_clear()
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch, fresh_programs):
     """It changes nothing and is said; many in a row stop the run all the same."""
     whole = steps.loss_and_gradient
 
@@ -148,6 +157,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch):
     monkeypatch.setattr(steps, "loss_and_gradient", now_and_then)
     bad_after = -1
     assert all(map(math.isfinite, trained_with(texts, on_nonfinite="skip").losses))
+    fresh_programs()
     bad_after = 3  # after three good steps none is good: the router state stays as it is
     with (
         warnings.catch_warnings(record=True, action="always") as said,
@@ -168,16 +178,45 @@ def test_a_step_that_is_not_finite_can_be_skipped(texts, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("length", "warmup"), [(2, 0.05), (10, 0.05), (300, 0.05), (40, 0.5)])
+def test_the_schedule_is_that_of_optax(length, warmup):
+    recipe = steps.Recipe(learning_rate=0.02, warmup=warmup)
+    schedule = steps.Schedule.of(recipe, length)
+    rises = max(1, round(warmup * length))
+    optax_schedule = optax.warmup_cosine_decay_schedule(0.0, 0.02, rises, length, 0.001)
+    places = np.arange(length + 1)
+    rates = [float(schedule.rate(jax.numpy.asarray(place, "int32"))) for place in places]
+    assert rates == pytest.approx(
+        [float(optax_schedule(jax.numpy.asarray(place, "float32"))) for place in places], rel=1e-5
+    )
+
+
+def test_runs_of_other_lengths_and_rates_share_a_program(texts):
+    arm = arms.arms_named(["dense"])[0]
+    one = steps.make_step(arm, steps.Recipe(learning_rate=0.1, warmup=0.2))
+    assert one is steps.make_step(arm, steps.Recipe())
+    assert one is not steps.make_step(arm, steps.Recipe(clip=0.5))
+    documents = read_corpus(texts, length=SIZE.length).train
+    sample = next(batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0))
+    states = []
+    for recipe, length in ((steps.Recipe(), 7), (steps.Recipe(learning_rate=0.1), 20)):
+        state = steps.begin(arm, SIZE, recipe, steps=length, seed=0)
+        states.append(one(sample, one(sample, state)[0])[0])
+    assert one._cached._cache_size() == 1
+    assert not np.array_equal(*(state.model.embedding for state in states))
+
+
 def test_one_program_serves_a_phase(texts):
     arm = arms.arms_named(["mod"])[0]
     documents = read_corpus(texts, length=SIZE.length).train
-    optimizer = steps.make_optimizer(steps.Recipe(), 8)
+    recipe = steps.Recipe()
     model = arm.build(SIZE, key=jax.random.key(0))
     state = steps.TrainState(
         model,
-        optimizer.init(eqx.filter(model, mode.trainable(model))),
+        steps.make_optimizer(recipe).init(eqx.filter(model, mode.trainable(model))),
         jax.numpy.zeros((), "int32"),
         jax.random.key(1),
+        steps.Schedule.of(recipe, 8),
     )
     traces = []
 
@@ -185,7 +224,7 @@ def test_one_program_serves_a_phase(texts):
         traces.append(1)
         return jax.numpy.zeros(())
 
-    step = steps.make_step(dataclasses.replace(arm, auxiliary=auxiliary), optimizer)
+    step = steps.make_step(dataclasses.replace(arm, auxiliary=auxiliary), recipe)
     stream = batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0)
     for _ in range(3):
         state, _ = step(next(stream), state)

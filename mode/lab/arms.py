@@ -43,6 +43,13 @@ class Size:
     """No-op experts of integrated MoDE."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; parameters, routers and the optimizer are float32 either way."""
+    vocab: int = VOCAB
+    """Token ids; 257 are used: the bytes and the start of a document."""
+    kv_heads: int | None = None
+    """Key-value heads, each of which serves as many attention heads; by default `heads`."""
+    remat: bool = False
+    """Whether the backward pass computes activations again, two layers at a time, instead of
+    keeping them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Arm:
     - `rule`: what decides membership when the model runs causally; `None` where the training
         selection is causal as it is.
     - `under_rule`: the last share of training that runs under `rule`, with the slots it had.
+    - `quantile_rate`: at which running quantiles move.
     - `auxiliary`: added to the loss, from the routings of a step.
     - `samples`: whether tokens can be chosen one by one, so that text can be sampled.
     """
@@ -65,11 +73,20 @@ class Arm:
     routed: Callable[[Size, PRNGKeyArray], Callable] | None = None
     rule: mode.AbstractRule | None = None
     under_rule: float = 0.0
+    quantile_rate: float = 0.03
     auxiliary: Callable[[tuple[mode.Routing, ...]], Float[Array, ""]] | None = None
     samples: bool = True
 
     def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
-        """The model, with fresh parameters."""
+        """The model, with fresh parameters.
+
+        **Raises:** `ValueError` for fewer token ids than bytes need, and as the layers do.
+        """
+        if size.vocab < VOCAB:
+            raise ValueError(
+                f"`vocab` must be at least {VOCAB}, the bytes and the start of a document, got "
+                f"{size.vocab}."
+            )
         routed = self.routed
 
         def dense(key: PRNGKeyArray) -> mode.Residual:
@@ -79,7 +96,14 @@ class Arm:
             return dense(key) if routed is None else routed(size, key)
 
         layers = mode.every_other(dense, layer, size.depth)
-        return mode.Transformer(VOCAB, size.dim, layers, dtype=jnp.dtype(size.dtype), key=key)
+        return mode.Transformer(
+            size.vocab,
+            size.dim,
+            layers,
+            dtype=jnp.dtype(size.dtype),
+            remat=size.remat,
+            key=key,
+        )
 
     def change(self, steps: int) -> int:
         """The step from which training runs under `rule`; `steps` where it never does."""
@@ -87,7 +111,7 @@ class Arm:
 
 
 def _block(size: Size, key: PRNGKeyArray) -> mode.TransformerBlock:
-    return mode.TransformerBlock(size.dim, size.heads, key=key)
+    return mode.TransformerBlock(size.dim, size.heads, num_kv_heads=size.kv_heads, key=key)
 
 
 def _depths(
@@ -127,13 +151,25 @@ def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLU]:
 
 def _experts(size: Size, key: PRNGKeyArray) -> mode.Residual:
     return mode.integrated_mode(
-        _expert(size), size.dim, size.heads, size.experts + size.noop, 0, key=key
+        _expert(size),
+        size.dim,
+        size.heads,
+        size.experts + size.noop,
+        0,
+        num_kv_heads=size.kv_heads,
+        key=key,
     )
 
 
 def _reduced(size: Size, key: PRNGKeyArray) -> mode.Residual:
     return mode.reduced_capacity_moe(
-        _expert(size), size.dim, size.heads, size.experts, size.noop, key=key
+        _expert(size),
+        size.dim,
+        size.heads,
+        size.experts,
+        size.noop,
+        num_kv_heads=size.kv_heads,
+        key=key,
     )
 
 
@@ -144,13 +180,20 @@ def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
         size.heads,
         size.experts + size.noop,
         capacity=size.capacity,
+        num_kv_heads=size.kv_heads,
         key=key,
     )
 
 
 def _integrated(size: Size, key: PRNGKeyArray) -> mode.Residual:
     return mode.integrated_mode(
-        _expert(size), size.dim, size.heads, size.experts, size.noop, key=key
+        _expert(size),
+        size.dim,
+        size.heads,
+        size.experts,
+        size.noop,
+        num_kv_heads=size.kv_heads,
+        key=key,
     )
 
 

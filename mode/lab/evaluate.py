@@ -123,24 +123,7 @@ def _reports(
     routings: tuple[mode.Routing, ...],
     causal_routings: tuple[mode.Routing, ...],
 ) -> tuple[RouterReport, ...]:
-    # One program: run operation by operation, each of these would be compiled by itself.
-    @eqx.filter_jit
-    def numbers(
-        model: mode.Transformer,
-        routings: tuple[mode.Routing, ...],
-        causal_routings: tuple[mode.Routing, ...],
-    ) -> tuple[list[mode.Agreement] | None, list[Float[Array, ""]], list[Float[Array, ""]]]:
-        found = None
-        if rule is not None:
-            asked = mode.causal_membership(model, routings, by=rule)
-            found = list(map(mode.agreement, routings, asked))
-        compute, causal_compute = (
-            [mode.routing_metrics(routing).compute for routing in some]
-            for some in (routings, causal_routings)
-        )
-        return found, compute, causal_compute
-
-    found, compute, causal_compute = numbers(model, routings, causal_routings)
+    found, compute, causal_compute = _numbers(rule, model, routings, causal_routings)
     return tuple(
         RouterReport(
             precision=None if found is None else float(found[place].precision),
@@ -150,6 +133,25 @@ def _reports(
         )
         for place in range(len(routings))
     )
+
+
+# One program: run operation by operation, each of these would be compiled by itself.
+@eqx.filter_jit
+def _numbers(
+    rule: mode.AbstractRule | None,
+    model: mode.Transformer,
+    routings: tuple[mode.Routing, ...],
+    causal_routings: tuple[mode.Routing, ...],
+) -> tuple[list[mode.Agreement] | None, list[Float[Array, ""]], list[Float[Array, ""]]]:
+    found = None
+    if rule is not None:
+        asked = mode.causal_membership(model, routings, by=rule)
+        found = list(map(mode.agreement, routings, asked))
+    compute, causal_compute = (
+        [mode.routing_metrics(routing).compute for routing in some]
+        for some in (routings, causal_routings)
+    )
+    return found, compute, causal_compute
 
 
 def routing_sample(

@@ -1,6 +1,7 @@
 """One training step: the loss, its gradient, the update, and whether all of it was finite."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,6 +35,40 @@ class Recipe:
     so. Parameters are never updated by it."""
 
 
+class Schedule(eqx.Module):
+    """A learning rate that rises in a line and falls as half a cosine to a twentieth of its peak.
+
+    Its numbers are data of the program, where optax has them as constants: runs of other lengths
+    and rates are not compiled anew.
+
+    **Attributes:**
+
+    - `peak`: the highest rate.
+    - `warmup`, `steps`: the steps at which it is reached, and of the whole run.
+    """
+
+    peak: Float[Array, ""]
+    warmup: Int[Array, ""]
+    steps: Int[Array, ""]
+
+    @staticmethod
+    def of(recipe: Recipe, steps: int) -> "Schedule":
+        """Of a recipe, over so many steps."""
+        warmup = min(steps - 1, max(1, round(recipe.warmup * steps)))
+        peak = jnp.asarray(recipe.learning_rate, jnp.float32)
+        return Schedule(peak, jnp.asarray(warmup, jnp.int32), jnp.asarray(steps, jnp.int32))
+
+    def rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        """The rate after so many steps."""
+        done, warmup, steps = (x.astype(jnp.float32) for x in (step, self.warmup, self.steps))
+        fallen = jnp.clip((done - warmup) / (steps - warmup), 0, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * fallen))
+        return self.peak * jnp.minimum(done / warmup, _END + (1 - _END) * cosine)
+
+
+_END = 0.05
+
+
 class TrainState(eqx.Module):
     """All that a step changes. `mode.causal` swaps the selectors in it, the optimizer's included.
 
@@ -43,12 +78,14 @@ class TrainState(eqx.Module):
     - `optimizer`: of the parameters alone.
     - `step`: steps taken.
     - `key`: of the run; each step folds its number in.
+    - `schedule`: of the learning rate.
     """
 
     model: mode.Transformer
     optimizer: PyTree
     step: Int[Array, ""]
     key: PRNGKeyArray
+    schedule: Schedule
 
 
 def next_byte_loss(
@@ -80,15 +117,11 @@ def loss_and_gradient(
     return loss, routings, gradient
 
 
-def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """AdamW under a cosine that ends with the last of `steps`, gradients clipped."""
-    warmup = min(steps - 1, max(1, round(recipe.warmup * steps)))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, warmup, steps, end_value=0.05 * recipe.learning_rate
-    )
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW of rate 1, gradients clipped; a step scales its updates by the schedule's rate."""
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(schedule, b2=0.99, weight_decay=recipe.weight_decay),
+        optax.adamw(1.0, b2=0.99, weight_decay=recipe.weight_decay),
     )
 
 
@@ -121,13 +154,21 @@ class Health(eqx.Module):
         )
 
 
-def make_step(
-    arm: Arm, optimizer: optax.GradientTransformation
-) -> Callable[[dict[str, Any], TrainState], tuple[TrainState, Health]]:
+Step = Callable[[dict[str, Any], TrainState], tuple[TrainState, Health]]
+
+
+def make_step(arm: Arm, recipe: Recipe) -> Step:
     """One step, jitted: gradient, update, and then the router state moves. The state is donated.
 
-    Where the loss or a gradient is not finite, the step counts and changes nothing.
+    Where the loss or a gradient is not finite, the step counts and changes nothing. Arms and
+    recipes that differ in their schedules alone share one program.
     """
+    return _jitted(arm, dataclasses.replace(recipe, learning_rate=1.0, warmup=0.0))
+
+
+@functools.cache
+def _jitted(arm: Arm, recipe: Recipe) -> Step:
+    optimizer = make_optimizer(recipe)
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -144,12 +185,17 @@ def make_step(
             # Inside optax integers meet floats: its business, where strict promotion is on.
             with jax.numpy_dtype_promotion("standard"):
                 updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
-            model = mode.update_state(eqx.apply_updates(model, updates), routings)
+            rate = state.schedule.rate(state.step)
+            updates = jax.tree.map(lambda update: rate * update, updates)
+            model = eqx.apply_updates(model, updates)
+            model = mode.update_state(model, routings, quantile_rate=arm.quantile_rate)
             return eqx.filter((model, optimizer_state), eqx.is_array)
 
         arrays = jax.lax.cond(health.finite, update, lambda: arrays)
         model, optimizer_state = eqx.combine(arrays, rest)
-        return in_place(TrainState(model, optimizer_state, state.step + 1, state.key)), health
+        counted = state.step + 1
+        after = TrainState(model, optimizer_state, counted, state.key, state.schedule)
+        return in_place(after), health
 
     return step
 
@@ -161,8 +207,9 @@ def begin(arm: Arm, size: Size, recipe: Recipe, *, steps: int, seed: int) -> Tra
         model_key, run_key = jax.random.split(jax.random.key(seed))
         built = arm.build(size, key=model_key)
         parameters = eqx.filter(built, mode.trainable(built))
-        optimizer = make_optimizer(recipe, steps)
-        return TrainState(built, optimizer.init(parameters), jnp.zeros((), jnp.int32), run_key)
+        moments = make_optimizer(recipe).init(parameters)
+        started = jnp.zeros((), jnp.int32)
+        return TrainState(built, moments, started, run_key, Schedule.of(recipe, steps))
 
     # As one program, no device ever holds more than its part.
     spread = not jax.sharding.get_abstract_mesh().empty

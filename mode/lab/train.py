@@ -15,7 +15,7 @@ import mode
 from .arms import Arm, Size
 from .data import Documents, batches
 from .devices import feed
-from .step import Health, Recipe, TrainState, begin, make_optimizer, make_step
+from .step import Health, Recipe, TrainState, begin, make_step
 
 
 # Told the steps taken and the latest loss, in bits per byte.
@@ -113,7 +113,7 @@ def train(
     if progress is not None:
         stream.set_state(progress.stream)
         losses += progress.losses
-    step = make_step(arm, make_optimizer(recipe, steps))
+    step = make_step(arm, recipe)
     change = arm.change(steps)
     looks = (_LOOK,) if saving is None else (_LOOK, saving.every)
     taken, skipped = len(losses), 0
