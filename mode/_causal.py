@@ -72,7 +72,7 @@ def causal_membership(
             scores=router.scores(routing.logits),
             logits=routing.logits,
             predictor=routing.predictor,
-            threshold=router.state.threshold.astype(routing.logits.dtype),
+            threshold=router.state.threshold_at(routing.positions).astype(routing.logits.dtype),
             valid=routing.valid,
             slots=token_capacity(routing.num_tokens, 1.0),
         )

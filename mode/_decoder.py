@@ -266,6 +266,7 @@ def mod_decoder(
     num_kv_heads: int | None = None,
     gate: AbstractGate = Raw(),
     predictor: bool = False,
+    position_bins: int = 1,
     tied: bool = True,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
@@ -283,6 +284,7 @@ def mod_decoder(
     - `every`, `offset`: which layers are routed, see `every_other`.
     - `gate`: of `MixtureOfDepths`.
     - `predictor`: whether each router has a `Predictor`.
+    - `position_bins`: of `MixtureOfDepths`.
 
     **Raises:** `ValueError` for a schedule of another length than the number of routed layers.
 
@@ -310,6 +312,7 @@ def mod_decoder(
                 capacity,
                 gate=gate,
                 predictor=Predictor(dim, key=predictor_key) if predictor else None,
+                position_bins=position_bins,
                 key=router_key,
             )
 

@@ -53,11 +53,14 @@ class MixtureOfDepths(AbstractLayer):
         the model that may be sampled from.
     - `gate`: from the router's logit to the weight $r$. The default is the logit itself.
     - `predictor`: guesses membership for causal inference; `Predictor(dim, key=key)` or `None`.
+    - `position_bins`: running quantiles, each for some positions, that the causal rule `ByQuantile`
+        compares with: how many. 1 is one for all; see `RouterState`.
     - `router_std`: standard deviation of the router's initial weights.
 
     **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer, which has its own residual,
     or another module that is no block; for a softmax gate: over one choice it is 1 and the router
-    gets no gradient; for `TokenChoice`: of one choice, every token would take it.
+    gets no gradient; for `TokenChoice`: of one choice, every token would take it; for
+    `position_bins` below 1.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> k1, k2 = jax.random.split(jax.random.key(0))
@@ -86,6 +89,7 @@ class MixtureOfDepths(AbstractLayer):
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = Raw(),
         predictor: Predictor | None = None,
+        position_bins: int = 1,
         router_std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
@@ -103,6 +107,7 @@ class MixtureOfDepths(AbstractLayer):
             select=select,
             gate=gate,
             predictor=predictor,
+            position_bins=position_bins,
             std=router_std,
             key=key,
         )

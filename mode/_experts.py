@@ -59,14 +59,16 @@ class MixtureOfExperts(AbstractBlock):
         `TokenChoice(k)`, which does not.
     - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
     - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
+    - `position_bins`: running quantiles, each for some positions, that the causal rule `ByQuantile`
+        compares with: how many. 1 is one for all; see `RouterState`.
     - `router_std`: standard deviation of the router's initial weights.
 
     `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
     who is chosen, never the weights, and only `update_state` moves it.
 
-    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, a
-    `make_expert` that does not build maps of `[dim]` to `[dim]` from a key, or a capacity factor
-    that is not a finite positive number; at the call, for one that leaves an
+    **Raises:** `ValueError` for `num_experts` or `position_bins` below 1, a negative `num_noop` or
+    `num_shared`, a `make_expert` that does not build maps of `[dim]` to `[dim]` from a key, or a
+    capacity factor that is not a finite positive number; at the call, for one that leaves an
     expert less than one whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp, mode
@@ -99,6 +101,7 @@ class MixtureOfExperts(AbstractBlock):
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = Softmax(),
         predictor: Predictor | None = None,
+        position_bins: int = 1,
         router_std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
@@ -116,6 +119,7 @@ class MixtureOfExperts(AbstractBlock):
             select=select,
             gate=gate,
             predictor=predictor,
+            position_bins=position_bins,
             std=router_std,
             key=router_key,
         )

@@ -29,6 +29,7 @@ def staged_mode(
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
     gate: AbstractGate = Raw(),
+    position_bins: int = 1,
     key: PRNGKeyArray,
 ) -> MixtureOfDepths:
     """Staged MoDE: a token goes to or around the block first, then, inside it, to experts.
@@ -43,6 +44,7 @@ def staged_mode(
         for the experts.
     - `num_heads`, `num_kv_heads`: of `TransformerBlock`.
     - `capacity`, `gate`: of `MixtureOfDepths`.
+    - `position_bins`: of both routers.
 
     **Returns:** a layer; its routings are the depth's and the experts'.
 
@@ -62,12 +64,15 @@ def staged_mode(
         num_experts,
         capacity_factor=capacity_factor,
         select=select,
+        position_bins=position_bins,
         key=expert_key,
     )
     block = TransformerBlock(
         dim, num_heads, num_kv_heads=num_kv_heads, feedforward=experts, key=block_key
     )
-    return MixtureOfDepths(block, dim, capacity, gate=gate, key=router_key)
+    return MixtureOfDepths(
+        block, dim, capacity, gate=gate, position_bins=position_bins, key=router_key
+    )
 
 
 def integrated_mode(
@@ -80,13 +85,15 @@ def integrated_mode(
     capacity_factor: Share | None = None,
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
+    position_bins: int = 1,
     key: PRNGKeyArray,
 ) -> Residual:
     """Integrated MoDE: attention for all, and no-op experts among the experts.
 
     **Arguments:**
 
-    - `make_expert`, `dim`, `num_experts`, `num_noop`, `select`: of `MixtureOfExperts`.
+    - `make_expert`, `dim`, `num_experts`, `num_noop`, `select`, `position_bins`: of
+        `MixtureOfExperts`.
     - `num_heads`, `num_kv_heads`: of `TransformerBlock`.
     - `capacity_factor`: slots of the experts per token. By default
         `num_experts / (num_experts + num_noop)`: every choice has the same share of the tokens, and
@@ -115,6 +122,7 @@ def integrated_mode(
         capacity_factor=capacity_factor,
         num_noop=num_noop,
         select=select,
+        position_bins=position_bins,
         key=expert_key,
     )
     return Residual(
@@ -133,6 +141,7 @@ def reduced_capacity_moe(
     *,
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
+    position_bins: int = 1,
     key: PRNGKeyArray,
 ) -> Residual:
     """The control for `integrated_mode`: its FLOPs, reached by smaller experts' capacity alone.
@@ -162,6 +171,7 @@ def reduced_capacity_moe(
         capacity_factor=_without_noop(num_experts, num_noop),
         num_kv_heads=num_kv_heads,
         select=select,
+        position_bins=position_bins,
         key=key,
     )
 

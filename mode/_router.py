@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ._capacity import token_capacity
+from ._capacity import check_count, token_capacity
 from ._gate import AbstractGate, SelectedSoftmax
 from ._info import TokenInfo
 from ._linear import Linear
@@ -76,10 +76,13 @@ class Router(eqx.Module):
     - `select`: the selector, which decides who takes part.
     - `gate`: from logits to weights.
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
+    - `position_bins`: running quantiles, each for some positions, that the causal rule `ByQuantile`
+        compares with: how many. 1 is one for all; see `RouterState`.
     - `std`: standard deviation of the scorer's initial weights; the paper gives none.
 
-    **Raises:** `ValueError` for a selector or gate that is none, such as its class; or for the two
-    together where they would leave the router without a gradient.
+    **Raises:** `ValueError` for a selector or gate that is none, such as its class; for the two
+    together where they would leave the router without a gradient; for `position_bins` that is no
+    integer of at least 1.
     """
 
     scorer: Callable[[Float[Array, "*groups tokens dim"]], Float[Array, "*groups tokens choices"]]
@@ -101,6 +104,7 @@ class Router(eqx.Module):
         select: AbstractSelector,
         gate: AbstractGate,
         predictor: Callable[..., Float[Array, "*groups tokens experts"]] | None = None,
+        position_bins: int = 1,
         std: float = ROUTER_STD,
         key: PRNGKeyArray,
     ):
@@ -116,7 +120,8 @@ class Router(eqx.Module):
         self.select = select
         self.gate = gate
         self.predictor = predictor
-        self.state = RouterState.initial(num_experts, num_experts + num_noop)
+        position_bins = check_count("position_bins", position_bins, 1)
+        self.state = RouterState.initial(num_experts, num_experts + num_noop, position_bins)
         self.dim = dim
         self.fraction = fraction
         self.num_experts = num_experts
@@ -176,6 +181,7 @@ class Router(eqx.Module):
                 load=chosen.load,
                 valid=info.valid,
                 predictor=predictor,
+                positions=info.positions if self.state.position_bins > 1 else None,
             )
 
     def admit(
@@ -215,7 +221,9 @@ class Router(eqx.Module):
             scores=jax.lax.stop_gradient(self.scores(logits)),
             logits=jax.lax.stop_gradient(logits),
             predictor=jax.lax.stop_gradient(predictor),
-            threshold=jax.lax.stop_gradient(self.state.threshold).astype(logits.dtype),
+            threshold=jax.lax.stop_gradient(
+                self.state.threshold_at(info.positions).astype(logits.dtype)
+            ),
             valid=info.valid,
             slots=slots,
         )

@@ -39,6 +39,8 @@ class Routing(eqx.Module):
     - `valid`: `[*groups, tokens]`, false for padding.
     - `predictor`: `[*groups, tokens, experts]`, the membership predictor's logits; `None` for a
         router without one.
+    - `positions`: `[*groups, tokens]`, where the tokens stood, for a router whose threshold depends
+        on it; `None` for any other.
 
     Counts are kept apart: a token that *chose* a no-op, one that was *dropped* because the expert
     it asked for was full, and one that is *padding* are three different things. Under
@@ -53,6 +55,7 @@ class Routing(eqx.Module):
     load: Int[Array, "*groups choices"]
     valid: Bool[Array, "*groups tokens"]
     predictor: Float[Array, "*groups tokens experts"] | None
+    positions: Int[Array, "*groups tokens"] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -96,6 +99,13 @@ class Routing(eqx.Module):
         return jnp.sum(~self.valid, axis=-1, dtype=jnp.int32)
 
 
+# Positions in the first bin. The score at position 0 depends on the token's id alone, so those of
+# many documents are equal: in a bin of their own the quantile would be one of them, and rounding
+# would decide, in decoding otherwise than in the forward. And of 8 positions the usual share of an
+# eighth is a token in every document.
+_FIRST_BIN = 8
+
+
 class RouterState(eqx.Module):
     """What a router remembers between steps. No gradient reaches it; `update_state` moves it.
 
@@ -103,21 +113,59 @@ class RouterState(eqx.Module):
 
     - `bias`: `[choices]`, added to the logits when tokens are selected, never to the weights.
     - `threshold`: `[experts]`, running estimate of the score above which the share `capacity` of
-        all tokens lies.
-    - `updates`: how many times it was moved.
+        all tokens lies; with several bins of positions `[bins, experts]`, of the tokens in each.
+    - `updates`: how many times it was moved; with several bins `[bins]`.
 
     Layers that are scanned over share one state with a leading axis of layers.
+
+    A token at position $p$, counted from 0 in its document, falls into bin
+    $\\min(\\lfloor \\log_2(p / 8 + 1) \\rfloor, \\text{bins} - 1)$: the positions 0 to 7, 8 to 23,
+    24 to 55, 56 to 119 and so on, each bin twice as wide as the one before, and the last without an
+    end. So there is a bin for every position, however long a text is sampled; and bins are narrow
+    where one token more of context changes much.
+
+    >>> import jax.numpy as jnp
+    >>> state = RouterState.initial(num_experts=1, num_choices=1, position_bins=4)
+    >>> state.threshold.shape, state.bins(jnp.array([0, 7, 8, 23, 24, 56, 5000])).tolist()
+    ((4, 1), [0, 0, 1, 1, 2, 3, 3])
     """
 
     bias: Float[Array, "*layers choices"]
-    threshold: Float[Array, "*layers experts"]
-    updates: Int[Array, "*layers"]
+    threshold: Float[Array, "*layers_and_bins experts"]
+    updates: Int[Array, "*layers_and_bins"]
 
     @staticmethod
-    def initial(num_experts: int, num_choices: int) -> "RouterState":
+    def initial(num_experts: int, num_choices: int, position_bins: int = 1) -> "RouterState":
         """No bias, a threshold of 0, never updated."""
+        bins = (position_bins,) if position_bins > 1 else ()
         return RouterState(
             jnp.zeros(num_choices, jnp.float32),
-            jnp.zeros(num_experts, jnp.float32),
-            jnp.zeros((), jnp.int32),
+            jnp.zeros((*bins, num_experts), jnp.float32),
+            jnp.zeros(bins, jnp.int32),
         )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The leading axes of layers that are scanned over; `()` for a layer by itself."""
+        return self.bias.shape[:-1]
+
+    @property
+    def position_bins(self) -> int:
+        """Bins of positions, each with a threshold of its own."""
+        return 1 if self.threshold.ndim == self.bias.ndim else self.threshold.shape[-2]
+
+    def bins(self, positions: Int[Array, "*groups tokens"]) -> Int[Array, "*groups tokens"]:
+        """`[*groups, tokens]`: the bin of each position."""
+        # In integers: a logarithm in float32 may fall on either side of a power of two.
+        widths = positions.astype(jnp.int32) // _FIRST_BIN + 1
+        return jnp.clip(31 - jax.lax.clz(widths), 0, self.position_bins - 1)
+
+    def threshold_at(
+        self, positions: Int[Array, "*groups tokens"] | None
+    ) -> Float[Array, "*axes experts"]:
+        """What tokens are compared with: one for all, `[experts]`; with several bins, each token
+        with that of its position, `[*groups, tokens, experts]`."""
+        if self.position_bins == 1:
+            return self.threshold
+        assert positions is not None
+        return self.threshold.at[self.bins(positions)].get(mode="promise_in_bounds")

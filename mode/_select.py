@@ -30,7 +30,8 @@ class Request(eqx.Module):
     - `scores`: `[*groups, tokens, choices]`, what is compared; the selection bias is in it.
     - `logits`: `[*groups, tokens, choices]`, the router's raw output.
     - `predictor`: `[*groups, tokens, experts]`, the predictor's logits, or `None`.
-    - `threshold`: `[experts]`, the router's running quantile of its scores.
+    - `threshold`: `[experts]`, the router's running quantile of its scores; where it depends on a
+        token's position, each token's own, `[*groups, tokens, experts]`.
     - `valid`: `[*groups, tokens]`, false for padding.
     - `slots`: slots of each expert, a Python integer.
     - `num_experts`, `num_tokens`: experts that compute, and tokens in a group.
@@ -39,7 +40,7 @@ class Request(eqx.Module):
     scores: Float[Array, "*groups tokens choices"]
     logits: Float[Array, "*groups tokens choices"]
     predictor: Float[Array, "*groups tokens experts"] | None
-    threshold: Float[Array, " experts"]
+    threshold: Float[Array, "*for_each experts"]
     valid: Bool[Array, "*groups tokens"]
     slots: int = eqx.field(static=True)
 

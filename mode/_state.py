@@ -96,7 +96,7 @@ def for_each_router(
         )
     results = []
     for router, routing in zip(found, routings, strict=True):
-        stacked = router.state.threshold.shape[:-1]
+        stacked = router.state.layers
         leading = routing.index.shape[: len(stacked)]
         expected = (stacked, router.num_experts, router.state.bias.shape[-1])
         if expected != (leading, routing.num_experts, routing.logits.shape[-1]):
@@ -104,6 +104,11 @@ def for_each_router(
                 "`routings` must be in the order of the routers of `model`: expected [*layers], "
                 f"experts and choices {expected}, got "
                 f"{(leading, routing.num_experts, routing.logits.shape[-1])}."
+            )
+        if router.state.position_bins > 1 and routing.positions is None:
+            raise ValueError(
+                f"`routings` must carry positions for a router of {router.state.position_bins} "
+                "position bins, got one without. Pass the tuple that the model's call returned."
             )
         call = function
         for _ in stacked:
@@ -127,6 +132,11 @@ def update_state(
     `TokenChoice` selector, move by $u \\, \\text{sign}(\\bar L - L_c)$ with $L_c$ the assignments
     that asked for choice $c$.
 
+    With several `position_bins` the same holds in each bin, for the real tokens in it and with an
+    $n$ of its own: a bin without any in this step stays where it is. Until it has seen its first,
+    it follows the nearest bin that has, of two the earlier, so that a text longer than all in
+    training does not meet a threshold of 0.
+
     **Arguments:**
 
     - `model`: any tree with routers in it.
@@ -147,24 +157,50 @@ def update_state(
     def moved(router: Router, routing: Routing) -> RouterState:
         seen = jax.lax.stop_gradient(routing)
         state = router.state
-        old, bias = (part.astype(jnp.float32) for part in (state.threshold, state.bias))
-        scores = router.scores(seen.logits)[..., : router.num_experts].astype(jnp.float32)
-        target = _quantile(scores, seen.valid, float(router.fraction))
-        rate = jnp.maximum(quantile_rate, 1 / (state.updates.astype(jnp.float32) + 1))
-        # Scores are infinite under an infinite bias: there is nothing to learn from them.
-        known = jnp.any(seen.valid) & jnp.isfinite(target)
-        threshold = jnp.where(known, old + rate * (target - old), old)
+        threshold, updates = _thresholds(router, seen, quantile_rate)
+        bias = state.bias.astype(jnp.float32)
         if isinstance(router.select, TokenChoice):
             load = jnp.sum(seen.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
             bias = bias + bias_rate * jnp.sign(jnp.mean(load) - load)
         return RouterState(
-            bias.astype(state.bias.dtype),
-            threshold.astype(state.threshold.dtype),
-            state.updates + jnp.any(known).astype(state.updates.dtype),
+            bias.astype(state.bias.dtype), threshold.astype(state.threshold.dtype), updates
         )
 
     states = iter(for_each_router(moved, model, routings))
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
+
+
+def _thresholds(
+    router: Router, seen: Routing, quantile_rate: float | Float[Array, ""]
+) -> tuple[Float[Array, "*bins experts"], Int[Array, "*bins"]]:
+    """The thresholds after a step, and how many times each bin was moved by then."""
+    state = router.state
+    old = state.threshold.astype(jnp.float32)
+    scores = router.scores(seen.logits)[..., : router.num_experts].astype(jnp.float32)
+
+    def towards(
+        old: Float[Array, " experts"], updates: Int[Array, ""], among: Bool[Array, "*groups tokens"]
+    ) -> tuple[Float[Array, " experts"], Int[Array, ""]]:
+        target = _quantile(scores, among, float(router.fraction))
+        rate = jnp.maximum(quantile_rate, 1 / (updates.astype(jnp.float32) + 1))
+        # Scores are infinite under an infinite bias: there is nothing to learn from them.
+        known = jnp.any(among) & jnp.isfinite(target)
+        threshold = jnp.where(known, old + rate * (target - old), old)
+        return threshold, updates + jnp.any(known).astype(updates.dtype)
+
+    if state.position_bins == 1:
+        return towards(old, state.updates, seen.valid)
+    assert seen.positions is not None
+    bins = jnp.where(seen.valid, state.bins(seen.positions), -1)
+    places = jnp.arange(state.position_bins, dtype=jnp.int32)
+    # One bin after the other: all at once would hold as many copies of the scores.
+    threshold, updates = jax.lax.map(
+        lambda each: towards(each[0], each[1], bins == each[2]), (old, state.updates, places)
+    )
+    # What has seen no token yet follows the nearest bin that has.
+    apart = jnp.abs(places[:, None] - places[None])
+    apart += jnp.where(updates > 0, 0, state.position_bins)[None]
+    return threshold[jnp.argmin(apart, axis=-1)], updates
 
 
 def _quantile(
@@ -182,13 +218,41 @@ def _quantile(
         return jnp.full(scores.shape[-1], jnp.finfo(jnp.float32).min)
     num_experts = scores.shape[-1]
     eligible = jnp.where(valid[..., None], scores, -jnp.inf).reshape(-1, num_experts)
-    falling = jnp.sort(eligible, axis=0, descending=True)
     total = jnp.sum(valid, dtype=jnp.int32)
     share = jnp.round(fraction * total.astype(jnp.float32)).astype(jnp.int32)
     count = jnp.clip(share, 1, total)
+    last = _largest(eligible, count)
+    reached = jnp.sum(eligible >= last, axis=0, dtype=jnp.int32)
+    below = jnp.max(jnp.where(eligible < last, eligible, -jnp.inf), axis=0)
+    following = jnp.where(reached > count, last[0], below)
+    return jnp.where(count < total, (last[0] + following) / 2, last[0])
 
-    def nth(place: Int[Array, ""]) -> Float[Array, " experts"]:
-        return jax.lax.dynamic_index_in_dim(falling, place, axis=0, keepdims=False)
 
-    last = nth(count - 1)
-    return jnp.where(count < total, (last + nth(count)) / 2, last)
+def _largest(
+    values: Float[Array, "rows experts"], count: Int[Array, ""]
+) -> Float[Array, "1 experts"]:
+    """The `count`-th largest of each column; NaN where there is one.
+
+    By bisection over the 32 bits of a float32, whose order is that of the numbers: each pass counts
+    rows, so that on a mesh counts are all that moves. A sort would bring every row to every device:
+    for 20 layers of 64 experts and half a million tokens, 5 GB.
+    """
+    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # one zero: -0.0 + 0.0 is 0.0
+    ordered = jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+
+    def halve(
+        _: int | Int[Array, ""], bounds: tuple[Int[Array, "1 experts"], Int[Array, "1 experts"]]
+    ) -> tuple[Int[Array, "1 experts"], Int[Array, "1 experts"]]:
+        # At least `count` rows reach the lower bound, fewer what lies above the upper one.
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        reach = jnp.sum(ordered >= middle, axis=0, keepdims=True, dtype=jnp.int32) >= count
+        return jnp.where(reach, middle, low), jnp.where(reach, high, middle - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    ends = (jnp.full_like(ordered[:1], limits.min), jnp.full_like(ordered[:1], limits.max))
+    found, _ = jax.lax.fori_loop(0, 32, halve, ends)
+    largest = jax.lax.bitcast_convert_type(
+        jnp.where(found < 0, found ^ limits.max, found), jnp.float32
+    )
+    return jnp.where(jnp.any(jnp.isnan(values), axis=0, keepdims=True), jnp.nan, largest)

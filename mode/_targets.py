@@ -17,12 +17,13 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import PyTree
 
 from ._decode import Decoding
+from ._hlo import Collective, collectives
 from ._precision import is_shaped
 from ._sharding import BATCH, DECODING, PARAMETERS, Rule, placement
 
 
 # What the compiler asks of an H100 SXM5 with 80 GB; the names are XLA's, the numbers the device's.
-_H100 = """
+H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
   core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
@@ -40,22 +41,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One exchange between devices, as it stands in the program: in a loop it happens many times.
-
-    **Attributes:**
-
-    - `kind`: `all-to-all`, `all-gather`, `all-reduce`, `reduce-scatter` or `collective-permute`.
-    - `bytes`: of its result on one device.
-    - `name`: the scope it comes from, as `jax.named_scope` and the layers' names say it.
-    """
-
-    kind: str
-    bytes: int
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
     """What a compiler made of a program, for each of its devices.
 
@@ -64,7 +49,8 @@ class Compiled:
     - `devices`: how many there are.
     - `flops`: by the compiler's own count, in which the body of a loop counts once; `None` where it
         has none, as for CUDA.
-    - `argument_bytes`, `output_bytes`, `temporary_bytes`: memory of a device.
+    - `argument_bytes`, `output_bytes`, `temporary_bytes`, `code_bytes`: memory of a device.
+    - `alias_bytes`: of the outputs, what is written over donated arguments.
     - `collectives`: all of them, in the order of the program.
     - `text`: the optimized program.
     """
@@ -74,8 +60,16 @@ class Compiled:
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
+    code_bytes: int
+    alias_bytes: int
     collectives: tuple[Collective, ...]
     text: str = dataclasses.field(repr=False)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory of a device for everything at once, as compilers add it up."""
+        results = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + results + self.temporary_bytes + self.code_bytes
 
     def count(self, kind: str) -> int:
         """How many collectives of this kind there are."""
@@ -168,7 +162,9 @@ def compiles_for(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=tuple(_collectives(text)),
+        code_bytes=memory.generated_code_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        collectives=tuple(collectives(text)),
         text=text,
     )
 
@@ -183,16 +179,36 @@ def _devices(target: str) -> Sequence[Any]:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        return topologies.get_topology_desc(platform="tpu", topology_name=rest).devices
+        return _tpu(rest, target)
     if target == "cuda:h100":
         _need("jax_plugins.xla_cuda13", "aot-gpu", target)
         return topologies.get_topology_desc(
-            topology_name="", platform="cuda", topology="1x1x1", target_config=_H100
+            topology_name="", platform="cuda", topology="1x1x1", target_config=H100
         ).devices
     raise ValueError(
         f"`target` must be `tpu:GENERATION:TOPOLOGY`, such as `tpu:v5e:4x4`, or `cuda:h100`, got "
         f"{target!r}."
     )
+
+
+def _tpu(topology: str, target: str) -> Sequence[Any]:
+    generation, _, shape = topology.partition(":")
+    sides = [int(side) for side in shape.split("x")]
+    # The compiler ends the process where these have longer sides.
+    if generation in ("v5e", "v6e") and max(sides) > 16:
+        raise ValueError(
+            f"`target` must have sides of at most 16 for {generation}, got {target!r}. The largest "
+            f"is tpu:{generation}:16x16."
+        )
+    # A single chip is a host of its own; larger topologies are of hosts of four.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
+    except RuntimeError as error:
+        raise ValueError(
+            f"`target` must be a topology that there is, such as `tpu:v5e:4x4`, got {target!r}: "
+            f"{error}"
+        ) from error
 
 
 def _need(module: str, extra: str, target: str) -> None:
@@ -222,30 +238,3 @@ def _placed(arg: PyTree, where: PyTree) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, arg, where)
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\(.*?\)|\S+) "
-    r"(?P<kind>all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)"
-    r"(?P<start>-start)?\((?P<rest>.*)"
-)
-_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-
-
-def _collectives(text: str) -> list[Collective]:
-    found = []
-    for line in text.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match is None:
-            continue
-        sizes = [_bytes(kind, dims) for kind, dims in _SHAPE.findall(match["result"])]
-        # What starts an exchange returns its operand with the result, the larger of the two.
-        size = max(sizes, default=0) if match["start"] else sum(sizes)
-        name = re.search(r'op_name="([^"]*)"', match["rest"])
-        found.append(Collective(match["kind"], size, name[1] if name else ""))
-    return found
-
-
-def _bytes(kind: str, dims: str) -> int:
-    bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
-    return math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8

@@ -49,15 +49,17 @@ class ByQuantile(AbstractRule):
     """The router's score above the running quantile that `update_state` keeps.
 
     Needs no predictor and no loss, and sees no future at all. With a softmax gate the score is the
-    logarithm of the probability, as that is what `ExpertChoice` compares.
+    logarithm of the probability, as that is what `ExpertChoice` compares. A router with several
+    `position_bins` has a quantile for each, and a token is held to that of its own position.
 
     *Source:* Expert Threshold routing, arXiv:2603.11535. *Relative to the paper:* applied to
-    Mixture-of-Depths too.
+    Mixture-of-Depths too; quantiles by position.
     """
 
     def __call__(self, request: Request) -> Float[Array, "*groups tokens experts"]:
         scores = request.scores[..., : request.num_experts]
-        return scores - jnp.expand_dims(request.threshold, range(scores.ndim - 1))
+        missing = range(scores.ndim - request.threshold.ndim)
+        return scores - jnp.expand_dims(request.threshold, missing)
 
 
 class Threshold(AbstractTokenwise):

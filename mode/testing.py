@@ -26,11 +26,12 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._capacity import token_capacity
 from ._decode_testing import assert_decodes as assert_decodes
+from ._hlo import Collective as Collective
+from ._memory import Exceeded as Exceeded, memory_of as memory_of
 from ._router import Router
 from ._routing import Routing
 from ._state import routers, trainable, update_state
 from ._targets import (
-    Collective as Collective,
     Compiled as Compiled,
     compiles_for as compiles_for,
     mesh_for as mesh_for,
@@ -116,7 +117,7 @@ def assert_static_shapes(
 
 
 def _check_routing_shapes(router: Router, routing: Routing, groups: tuple[int, ...]) -> None:
-    stacked = router.state.threshold.shape[:-1]
+    stacked = router.state.layers
     leading = (*stacked, *groups)
     length = routing.num_tokens
     choices = router.state.bias.shape[-1]
@@ -317,7 +318,7 @@ def assert_router_gradients(
     for place, (router, gradient_of) in enumerate(
         zip(routers(model), routers(gradients), strict=True)
     ):
-        stacked = router.state.threshold.ndim - 1
+        stacked = len(router.state.layers)
         for leaf in jax.tree.leaves(gradient_of.scorer):
             norms = np.abs(np.asarray(leaf)).sum(axis=tuple(range(stacked, leaf.ndim)))
             if not np.all(norms > 0):

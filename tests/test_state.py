@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import mode
+from mode import _state
 from tests import reference as ref
 from tests.helpers import (
     assert_close,
@@ -102,6 +103,21 @@ def test_the_first_quantile_takes_exactly_the_tokens_that_top_k_took():
     _, (routing,) = run(moved, x)
     np.testing.assert_array_equal(routing.selected, routings[0].selected)
     assert int(routing.num_filled) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 24, 40])
+def test_the_nth_largest_is_that_of_a_sort(count):
+    """Bit for bit, of large and tiny numbers, ties, both zeros and infinities."""
+    values = rng(count).normal(size=(40, 6)) * 10.0 ** np.array([-36, -8, 0, 0, 9, 38])
+    values = np.clip(values, -3e38, 3e38).astype(np.float32)
+    values[:, 2] = np.round(values[:, 2])
+    values[::3, 3] = -0.0
+    values[::5, 4] = -np.inf
+    values[::4, 5] = np.inf
+    found = run(_state._largest, jnp.asarray(values), jnp.asarray(count))
+    np.testing.assert_array_equal(found[0], -np.sort(-values, axis=0)[count - 1])
+    values[7, 1] = np.nan
+    assert np.isnan(run(_state._largest, jnp.asarray(values), jnp.asarray(count))[0, 1])
 
 
 def test_the_bias_evens_out_the_loads_of_token_choice():

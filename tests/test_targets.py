@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import mode
-from mode import _targets
-from mode.testing import compiles_for
+from mode import _hlo
+from mode.testing import Exceeded, compiles_for, memory_of
 
 
 OPTIMISED = True
@@ -124,6 +124,22 @@ def test_experts_are_two_exchanges(kind: str) -> None:
 
 
 @TPU
+def test_router_state_moves_counts_and_no_scores() -> None:
+    """Of 8 experts, however many tokens there are: a sort would gather the scores of all."""
+    found = compiles_for(
+        "tpu:v5e:4x4",
+        lambda model, tokens: mode.update_state(model, model(tokens)[1]),
+        model_of("moe"),
+        tokens_of(16),
+        axes={"data": 4, "expert": 4},
+        rules=[WHOLE, mode.BATCH],
+    )
+    moved = [one for one in found.collectives if one.kind != "all-to-all"]
+    assert moved
+    assert all(one.kind == "all-reduce" and one.bytes < 1024 for one in moved)
+
+
+@TPU
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_are_divided(kind: str) -> None:
     """Within 3 % of an equal part of `count_flops`, by the compiler's own count."""
@@ -147,13 +163,92 @@ TEXT = """
 
 
 def test_collectives_are_read_off_the_program() -> None:
-    found = _targets._collectives(TEXT)
+    found = _hlo.collectives(TEXT)
     assert [(one.kind, one.bytes) for one in found] == [
         ("all-gather", 128),
         ("all-to-all", 32),
         ("all-gather", 32),
     ]
     assert found[0].name == "jit(f)/mode.Router/top_k"
+
+
+LOOP = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0} all-gather(%x), channel_id=1
+  %b = f32[8]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %w = (s32[], f32[8]) while(%q), condition=%inner_condition, body=%inner
+}
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0} all-to-all(%x), channel_id=4
+}
+%piece (p: f32[8]) -> f32[8] {
+  %a.1 = f32[8]{0} all-gather(%x), channel_id=1
+}
+%all-reduce-scatter.1 (p: f32[8]) -> f32[4] {
+  %r = f32[8]{0} all-reduce(%p), channel_id=2, to_apply=%add
+}
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(20)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+%inner_condition (p: (s32[], f32[8])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=2
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %g = f32[8]{0} fusion(%x), kind=kCustom, calls=%piece
+  ROOT %e = f32[8]{0} all-reduce(%w), channel_id=3, to_apply=%add
+}
+"""
+
+
+def test_loops_multiply_collectives_and_pieces_are_one() -> None:
+    """A loop up to a constant multiplies; of another's number of turns nothing is known."""
+    assert [(one.kind, one.times) for one in _hlo.collectives(LOOP)] == [
+        ("all-gather", 20),
+        ("all-to-all", None),
+        ("reduce-scatter", 20),
+        ("all-reduce", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm",
+            18.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: total memory required (18.50G) exceeds available HBM (15.75G).",
+            18.5,
+        ),
+        ("INVALID_ARGUMENT: Used 18.50G of 15.75G hbm", None),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_too_little_memory_is_read_off_the_error(text: str, needed: float | None) -> None:
+    found = Exceeded.read(RuntimeError(text))
+    expected = None if needed is None else Exceeded(int(needed * 2**30), int(15.75 * 2**30))
+    assert found == expected
+
+
+@TPU
+@pytest.mark.parametrize(
+    ("target", "gib"), [("tpu:v5e:1x1", 15.75), ("tpu:v5e:4x4", 15.75), ("tpu:v6e:2x2", 31.25)]
+)
+def test_the_compiler_says_how_much_memory_there_is(target: str, gib: float) -> None:
+    assert memory_of(target) == gib * 2**30
+
+
+@TPU
+@pytest.mark.parametrize("target", ["tpu:v5e:3x3", "tpu:v9:2x2", "tpu:v5e:32x32"])
+def test_a_topology_that_is_not_there_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=rf"`target` must .* got '{target}'"):
+        mode.testing.mesh_for(target)
 
 
 @pytest.fixture

@@ -105,6 +105,44 @@ def running_quantile(
     return new
 
 
+def position_bin(position: int, num_bins: int) -> int:
+    """Bins of 8, 16, 32, 64, ... positions from 0 on; the last takes all that are left."""
+    chosen, end = 0, 8
+    while position >= end and chosen < num_bins - 1:
+        chosen += 1
+        end += 8 * 2**chosen
+    return chosen
+
+
+def running_quantiles_by_position(
+    old: Floats,
+    scores: Floats,
+    valid: Bools,
+    positions: Ints,
+    fraction: float | Fraction,
+    rate: float,
+    counts: Ints,
+) -> tuple[Floats, Ints]:
+    """`running_quantile` in each bin by itself: the new thresholds and counts of updates.
+
+    `old` is `[bins, experts]`, `counts` `[bins]`, `positions` as `valid`. A bin that no token ever
+    fell into repeats the nearest that one did, of two the lower. Scores are finite.
+    """
+    num_bins = len(old)
+    new, updates = as_float64(old).copy(), np.array(counts)
+    for one in range(num_bins):
+        inside = valid.copy()
+        for token in np.ndindex(valid.shape):
+            inside[token] &= position_bin(int(positions[token]), num_bins) == one
+        new[one] = running_quantile(old[one], scores, inside, fraction, rate, int(counts[one]))
+        updates[one] += inside.any()
+    seen = [one for one in range(num_bins) if updates[one]]
+    for one in range(num_bins):
+        if seen and one not in seen:
+            new[one] = new[min(seen, key=lambda other: (abs(other - one), other))]
+    return new, updates
+
+
 def balancing_bias(bias: Floats, load: Ints, rate: float) -> Floats:
     """b_i + rate * sign(mean load - load_i), no-ops included (arXiv:2408.15664)."""
     totals = [sum(load[g][i] for g in np.ndindex(load.shape[:-1])) for i in range(load.shape[-1])]
