@@ -166,8 +166,13 @@ def command_of(settings: dict[str, Any], out: Path, arms: Sequence[str] = NAMES)
     for name, value in settings.items():
         if isinstance(value, dict):
             for inner, setting in value.items():
-                if setting != default[name].get(inner):
-                    words += [f"--{name}.{inner.replace('_', '-')}", str(setting)]
+                if setting == default[name].get(inner):
+                    continue
+                flag = inner.replace("_", "-")
+                if isinstance(setting, bool):
+                    words += [f"--{name}.{'' if setting else 'no-'}{flag}"]
+                else:
+                    words += [f"--{name}.{flag}", str(setting)]
         elif name in default and value != default[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

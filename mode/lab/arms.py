@@ -7,6 +7,7 @@ a dense one. They differ in the routed layer and in nothing else, but for the nu
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -60,6 +61,7 @@ class Arm:
 
     - `name`, `description`: for tables and files.
     - `routed`: builds the routed layer of a size from a key; `None` for a dense model.
+    - `every`: the period of the routed layers; 2 is every other one, over a dense one.
     - `rule`: what decides membership when the model runs causally; `None` where the training
         selection is causal as it is.
     - `under_rule`: the last share of training that runs under `rule`, with the slots it had.
@@ -71,6 +73,7 @@ class Arm:
     name: str
     description: str
     routed: Callable[[Size, PRNGKeyArray], Callable] | None = None
+    every: int = 2
     rule: mode.AbstractRule | None = None
     under_rule: float = 0.0
     quantile_rate: float = 0.03
@@ -95,7 +98,8 @@ class Arm:
         def layer(key: PRNGKeyArray) -> Callable:
             return dense(key) if routed is None else routed(size, key)
 
-        layers = mode.every_other(dense, layer, size.depth)
+        offset = min(1, self.every - 1)
+        layers = mode.every_other(dense, layer, size.depth, every=self.every, offset=offset)
         return mode.Transformer(
             size.vocab,
             size.dim,
@@ -114,34 +118,27 @@ def _block(size: Size, key: PRNGKeyArray) -> mode.TransformerBlock:
     return mode.TransformerBlock(size.dim, size.heads, num_kv_heads=size.kv_heads, key=key)
 
 
-def _depths(
+def depths(
     size: Size,
     key: PRNGKeyArray,
     *,
     select: mode.AbstractSelector = mode.ExpertChoice(),
+    gate: mode.AbstractGate = mode.Raw(),
     predictor: bool = False,
+    position_bins: int = 1,
 ) -> mode.MixtureOfDepths:
+    """A layer of Mixture-of-Depths over the dense arm's block."""
     block_key, router_key, predictor_key = jax.random.split(key, 3)
     return mode.MixtureOfDepths(
         _block(size, block_key),
         size.dim,
         size.capacity,
         select=select,
+        gate=gate,
         predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
+        position_bins=position_bins,
         key=router_key,
     )
-
-
-def _learned(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    return _depths(size, key)
-
-
-def _predicted(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    return _depths(size, key, predictor=True)
-
-
-def _random(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    return _depths(size, key, select=mode.RandomChoice())
 
 
 def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLU]:
@@ -197,7 +194,8 @@ def _integrated(size: Size, key: PRNGKeyArray) -> mode.Residual:
     )
 
 
-def _predictor_loss(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
+def predictor_loss(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
+    """Mean over the predictors of what teaches them."""
     # Its coefficient is 1: no gradient leaves the predictors, so it weighs against nothing.
     return jnp.mean(jnp.stack([mode.predictor_bce(routing) for routing in routings]))
 
@@ -210,50 +208,50 @@ ARMS: tuple[Arm, ...] = (
     Arm(
         "mod",
         "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
-        _learned,
-        _QUANTILE,
-        _LAST_FIFTH,
+        depths,
+        rule=_QUANTILE,
+        under_rule=_LAST_FIFTH,
     ),
     Arm(
         "mod-predictor",
         "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
-        _predicted,
-        mode.ByPredictor(),
-        auxiliary=_predictor_loss,
+        partial(depths, predictor=True),
+        rule=mode.ByPredictor(),
+        auxiliary=predictor_loss,
     ),
     Arm(
         "mod-random",
         "the control: Mixture-of-Depths whose tokens are drawn at random",
-        _random,
+        partial(depths, select=mode.RandomChoice()),
         samples=False,
     ),
     Arm(
         "moe",
         "expert-choice Mixture-of-Experts at the dense model's FLOPs",
         _experts,
-        _QUANTILE,
-        _LAST_FIFTH,
+        rule=_QUANTILE,
+        under_rule=_LAST_FIFTH,
     ),
     Arm(
         "moe-reduced",
         "the control: Mixture-of-Experts with the slots of mode-integrated and no no-ops",
         _reduced,
-        _QUANTILE,
-        _LAST_FIFTH,
+        rule=_QUANTILE,
+        under_rule=_LAST_FIFTH,
     ),
     Arm(
         "mode-staged",
         "staged MoDE: first to or around the block, then to an expert inside it",
         _staged,
-        _QUANTILE,
-        _LAST_FIFTH,
+        rule=_QUANTILE,
+        under_rule=_LAST_FIFTH,
     ),
     Arm(
         "mode-integrated",
         "integrated MoDE: experts and no-op experts in one routing",
         _integrated,
-        _QUANTILE,
-        _LAST_FIFTH,
+        rule=_QUANTILE,
+        under_rule=_LAST_FIFTH,
     ),
 )
 NAMES = tuple(arm.name for arm in ARMS)

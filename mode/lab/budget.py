@@ -1,5 +1,6 @@
 """Equal training FLOPs: how many steps each arm may take, counted on the program it runs."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from .step import loss_and_gradient
 DENSE_STEPS = 350
 
 
+@functools.cache
 def flops_per_step(arm: Arm, size: Size) -> int:
     """FLOPs of one training step's loss and gradient. The optimizer's few are left out."""
     model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
@@ -29,6 +31,7 @@ def flops_per_step(arm: Arm, size: Size) -> int:
     ).total
 
 
+@functools.cache
 def forward_flops_per_token(arm: Arm, size: Size) -> float:
     """FLOPs of a forward pass under the training selection, per token."""
     model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))

@@ -126,7 +126,7 @@ def leads() -> bool:
 def by_lead(act: Callable[[], int | None]) -> int | None:
     """Let the lead act while the others wait: all get the number it found, and fail where it does.
 
-    **Raises:** what `act` raises; `RuntimeError` in the processes that do not lead.
+    **Raises:** what `act` raises; `ValueError` in the processes that do not lead.
     """
     if jax.process_count() == 1:
         return act()
@@ -141,7 +141,7 @@ def by_lead(act: Callable[[], int | None]) -> int | None:
     if failed is not None:
         raise failed
     if failing:
-        raise RuntimeError("process 0 could not go on; what it met is said there.")
+        raise ValueError("process 0 could not go on; what it met is said there.")
     return number if there else None
 
 

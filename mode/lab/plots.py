@@ -15,7 +15,7 @@ from .store import ArmResult
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = {
+COLOURS = {
     "dense": "#000000",
     "mod": "#0072B2",
     "mod-predictor": "#56B4E9",
@@ -25,14 +25,14 @@ _COLOURS = {
     "mode-staged": "#009E73",
     "mode-integrated": "#CC79A7",
 }
-_INK, _PALE = "#333333", "#F0F0EE"
+INK, PALE = "#333333", "#F0F0EE"
 # Neither, top-k alone, causal alone, both.
-_AGREEMENT = (_PALE, "#E69F00", "#56B4E9", "#00507D")
+AGREEMENT = (PALE, "#E69F00", "#56B4E9", "#00507D")
 # Experts that took a token: none, one, two, three or more.
-_COUNTS = (_PALE, "#BFDCCB", "#5FB08A", "#00694A")
+COUNTS = (PALE, "#BFDCCB", "#5FB08A", "#00694A")
 # Of a generated text: bytes in a line, and lines shown.
 _WIDTH, _LINES = 80, 12
-_SYMBOLS = {ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u2192", DOCUMENT_START: "\u25b6"}
+SYMBOLS = {ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u2192", DOCUMENT_START: "\u25b6"}
 
 
 def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None:
@@ -47,7 +47,7 @@ def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None
     axes = figure.add_subplot()
     lows, highs = [], []
     for result in sorted(results, key=lambda result: result.bits_causal):
-        colour = _COLOURS[result.name]
+        colour = COLOURS[result.name]
         smooth = _smoothed(np.asarray(result.losses, np.float64))
         spent = np.arange(1, len(smooth) + 1) / len(smooth)
         label = f"{result.name}  {result.bits_causal:.3f}"
@@ -56,7 +56,7 @@ def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None
         lows += [float(smooth.min()), result.bits_causal]
         highs.append(float(smooth[len(smooth) // 12]))
     if change < 1:
-        axes.axvline(change, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axvline(change, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate(
             "causal rule takes over ",
             (change, 0.985),
@@ -64,14 +64,14 @@ def plot_curves(path: Path, results: Sequence[ArmResult], change: float) -> None
             ha="right",
             va="top",
             fontsize=8,
-            color=_INK,
+            color=INK,
         )
     span = max(highs) - min(lows)
     axes.set_ylim(min(lows) - 0.05 * span, max(highs) + 0.05 * span)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("share of the training FLOPs spent (equal for all arms)")
     axes.set_ylabel("training loss, bits per byte, smoothed")
-    axes.set_title("Loss at equal training FLOPs", loc="left", color=_INK)
+    axes.set_title("Loss at equal training FLOPs", loc="left", color=INK)
     axes.grid(axis="y", color="#E2E2E2", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
@@ -110,19 +110,17 @@ def plot_routing(path: Path, maps: Mapping[str, Mapping[str, np.ndarray]]) -> No
         axes = figure.add_subplot(grid[place])
         if name.startswith(("mod", "mode-staged")) and sample["top_k"].max() <= 1:
             code = (sample["top_k"] > 0) + 2 * (sample["causal"] > 0)
-            _draw_map(axes, code, sample["tokens"], _AGREEMENT, name)
+            _draw_map(axes, code, sample["tokens"], AGREEMENT, name)
         else:
-            _draw_map(axes, np.minimum(sample["causal"], 3), sample["tokens"], _COUNTS, name)
+            _draw_map(axes, np.minimum(sample["causal"], 3), sample["tokens"], COUNTS, name)
     figure.suptitle(
-        "Which tokens of a held-out text each routed layer took", x=0.01, ha="left", color=_INK
+        "Which tokens of a held-out text each routed layer took", x=0.01, ha="left", color=INK
     )
     depth = ["passed by", "top-k alone", "causal rule alone", "both"]
     experts = ["experts, causal: none", "1", "2", "3 or more"]
     figure.legend(
-        handles=[
-            Patch(facecolor=c, label=label) for c, label in zip(_AGREEMENT, depth, strict=True)
-        ]
-        + [Patch(facecolor=c, label=label) for c, label in zip(_COUNTS, experts, strict=True)],
+        handles=[Patch(facecolor=c, label=label) for c, label in zip(AGREEMENT, depth, strict=True)]
+        + [Patch(facecolor=c, label=label) for c, label in zip(COUNTS, experts, strict=True)],
         loc="outside lower left",
         ncols=8,
         frameon=False,
@@ -146,7 +144,7 @@ def plot_generated(
     - `prompt`: how many of the tokens were given.
     """
     experts = counts.max() > 1
-    colours = _COUNTS if experts else (_PALE, _AGREEMENT[3])
+    colours = COUNTS if experts else (PALE, AGREEMENT[3])
     starts = range(0, min(len(tokens), _LINES * _WIDTH), _WIDTH)
     width = min(len(tokens), _WIDTH)
     height = 0.2 * (len(counts) + 2.2) * len(starts)
@@ -190,15 +188,15 @@ def _draw_map(
     for label, token in zip(axes.get_xticklabels(), tokens, strict=True):
         label.set_fontfamily("monospace")
         label.set_fontsize(11)
-        label.set_color("#AAAAAA" if int(token) in _SYMBOLS else _INK)
+        label.set_color("#AAAAAA" if int(token) in SYMBOLS else INK)
     axes.tick_params(length=0, pad=2)
     axes.tick_params(axis="y", labelsize=8, labelcolor="#777777")
     axes.spines[:].set_visible(False)
-    axes.set_title(name, loc="left", fontsize=10, fontweight="bold", color=_INK, pad=3)
+    axes.set_title(name, loc="left", fontsize=10, fontweight="bold", color=INK, pad=3)
 
 
 def _symbol(token: int) -> str:
     """A visible sign for any token: those that print stand for themselves."""
-    if token in _SYMBOLS:
-        return _SYMBOLS[token]
+    if token in SYMBOLS:
+        return SYMBOLS[token]
     return chr(token) if 32 < token < 127 else "\u25a1"

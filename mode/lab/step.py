@@ -177,24 +177,20 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
         key = jax.random.fold_in(state.key, state.step)
         loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
         health = Health.of(loss, gradient, routings)
-        arrays, rest = eqx.partition((state.model, state.optimizer), eqx.is_array)
+        parameters = eqx.filter(state.model, mode.trainable(state.model))
+        # Inside optax integers meet floats: its business, where strict promotion is on.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimizer.update(gradient, state.optimizer, parameters)
+        rate = state.schedule.rate(state.step)
+        model = eqx.apply_updates(state.model, jax.tree.map(lambda update: rate * update, updates))
+        model = mode.update_state(model, routings, quantile_rate=arm.quantile_rate)
 
-        def update() -> PyTree:
-            model, optimizer_state = eqx.combine(arrays, rest)
-            parameters = eqx.filter(model, mode.trainable(model))
-            # Inside optax integers meet floats: its business, where strict promotion is on.
-            with jax.numpy_dtype_promotion("standard"):
-                updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
-            rate = state.schedule.rate(state.step)
-            updates = jax.tree.map(lambda update: rate * update, updates)
-            model = eqx.apply_updates(model, updates)
-            model = mode.update_state(model, routings, quantile_rate=arm.quantile_rate)
-            return eqx.filter((model, optimizer_state), eqx.is_array)
+        def kept(new: Any, old: Any) -> Any:
+            # Leaf by leaf: a conditional over all of them would have a GPU copy the whole state.
+            return jnp.where(health.finite, new, old) if eqx.is_array(new) else new
 
-        arrays = jax.lax.cond(health.finite, update, lambda: arrays)
-        model, optimizer_state = eqx.combine(arrays, rest)
-        counted = state.step + 1
-        after = TrainState(model, optimizer_state, counted, state.key, state.schedule)
+        model, moments = jax.tree.map(kept, (model, moments), (state.model, state.optimizer))
+        after = TrainState(model, moments, state.step + 1, state.key, state.schedule)
         return in_place(after), health
 
     return step

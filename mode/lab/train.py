@@ -60,12 +60,14 @@ class Trained:
     - `losses`: of every step, in bits per byte.
     - `step_seconds`: median time of a step, compilation left out.
     - `seconds`: of the training since it was last begun, compilation included.
+    - `waiting_seconds`: of these, how long it waited for data.
     """
 
     model: mode.Transformer
     losses: list[float]
     step_seconds: float
     seconds: float
+    waiting_seconds: float
 
 
 def train(
@@ -118,6 +120,7 @@ def train(
     looks = (_LOOK,) if saving is None else (_LOOK, saving.every)
     taken, skipped = len(losses), 0
     times: list[float] = []
+    waits: list[float] = []
     for first, last in ((0, change), (change, steps)):
         if taken >= last:
             continue
@@ -128,7 +131,7 @@ def train(
             # The first step of a phase compiles, and is looked at alone.
             stop = taken + 1 if taken == started else min(last, *(_after(taken, n) for n in looks))
             start = time.perf_counter()
-            state, healths = _take(step, state, stream, mesh, stop - taken)
+            state, healths = _take(step, state, _timed(stream, waits), mesh, stop - taken)
             if taken > started:
                 times.append((time.perf_counter() - start) / len(healths))
             skipped = _checked(arm, recipe, healths, taken, skipped)
@@ -142,7 +145,16 @@ def train(
     seconds = time.perf_counter() - began
     # Of a run so short that every step compiled, the mean of those.
     step_seconds = sorted(times)[len(times) // 2] if times else seconds / steps
-    return Trained(model, losses, step_seconds, seconds)
+    return Trained(model, losses, step_seconds, seconds, sum(waits))
+
+
+def _timed(stream: Iterator[Any], waits: list[float]) -> Iterator[Any]:
+    """The same batches; adds to `waits` how long each took to come."""
+    while True:
+        began = time.perf_counter()
+        sample = next(stream)
+        waits.append(time.perf_counter() - began)
+        yield sample
 
 
 def _after(taken: int, every: int) -> int:

@@ -1,0 +1,1 @@
+"""The isoFLOP laboratory: many runs at equal training FLOPs, and what they are evidence for."""

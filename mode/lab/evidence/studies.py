@@ -1,0 +1,111 @@
+"""Two questions beside the paper's claims: how to close the gap, and how much is leaked.
+
+The gap is that between the loss under top-k, which looks at the future, and the loss as a sampler
+would get it. A rule that spends more compute than top-k did is not a better rule, so what each
+spends stands beside its loss.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from .cells import Cells, causal, top_k
+from .records import Record
+from .statistics import Spread
+
+
+_LEAKING = ("mod-after", "moe-after")
+
+
+@dataclasses.dataclass(frozen=True)
+class Closing:
+    """One arm at the reference, at one budget.
+
+    **Attributes:**
+
+    - `arm`, `budget`: which.
+    - `top_k`, `causal`, `gap`: bits per byte over seeds; the gap is their difference.
+    - `compute`: slots filled per token, causally, by the outermost router; `None` for a dense arm.
+    - `behind`: causal loss less that of the best arm's same seeds; `None` for the best.
+    """
+
+    arm: str
+    budget: float
+    top_k: Spread
+    causal: Spread
+    gap: Spread
+    compute: Spread | None
+    behind: Spread | None
+
+
+def _gap(record: Record) -> float:
+    return causal(record) - top_k(record)
+
+
+def closing(cells: Cells, arms: Sequence[str]) -> list[Closing]:
+    """Arms at the reference by budget, from the lowest causal loss to the highest."""
+    found = []
+    for budget in cells.budgets:
+        rows = [_row(arm, budget, here) for arm in arms if (here := _at(cells, arm, budget))]
+        rows.sort(key=lambda row: row.causal.mean)
+        found += rows[:1]
+        for row in rows[1:]:
+            best, cell = ((arm, cells.reference) for arm in (rows[0].arm, row.arm))
+            behind = cells.paired(best, cell, budget=budget)
+            found.append(dataclasses.replace(row, behind=behind))
+    return found
+
+
+def _row(arm: str, budget: float, records: Sequence[Record]) -> Closing:
+    top, low, gap = (Spread.of([value(one) for one in records]) for value in (top_k, causal, _gap))
+    computes = [one.end.compute for one in records if one.end.compute is not None]
+    return Closing(arm, budget, top, low, gap, Spread.of(computes) if computes else None, None)
+
+
+def _at(cells: Cells, arm: str, budget: float) -> list[Record]:
+    return [record for (spent, _), record in cells.at(arm).items() if spent == budget]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+    """One arm, trained under top-k to the end and run causally, where one field varies.
+
+    **Attributes:**
+
+    - `arm`: which.
+    - `field`: what varies, `length` (the routing group) or `depth`.
+    - `value`: of it.
+    - `share`: causal loss over top-k loss, less one, in per cent, over seeds.
+    """
+
+    arm: str
+    field: str
+    value: int
+    share: Spread
+
+
+def leaks(cells: Cells) -> list[Leak]:
+    """Of every length and depth that was run, at the smallest budget of each."""
+    varied = {"length": ("length", "batch"), "depth": ("depth",)}
+    found = []
+    for arm in _LEAKING:
+        for field, fields in varied.items():
+            sizes = cells.sizes(arm, **dict.fromkeys(fields))
+            for size in sorted(sizes, key=lambda size: getattr(size, field)):
+                records = cells.at(arm, size)
+                least = min(budget for budget, _ in records)
+                shares = [
+                    100 * (causal(record) / top_k(record) - 1)
+                    for (budget, _), record in records.items()
+                    if budget == least
+                ]
+                found.append(Leak(arm, field, getattr(size, field), Spread.of(shares)))
+    return found
+
+
+def comparable(cells: Cells, names: Sequence[str]) -> list[str]:
+    """The arms to compare for the gap: dense, and those that route depth alone, that were run."""
+    return [
+        name
+        for name in names
+        if cells.at(name) and (name in ("dense", "mod") or name.startswith("mod-"))
+    ]

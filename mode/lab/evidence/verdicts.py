@@ -1,0 +1,144 @@
+"""The command `mode-lab claims`: what a store says of each claim, of the gap and of the leak."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from ..arms import Size
+from ..files import read_settings, write_atomically, write_json, write_text
+from .cells import Cells
+from .claims import CLAIMS, Claim, Finding
+from .fit import curves
+from .records import Store
+from .report import check_alike, made_with, markdown_table
+from .studies import Closing, Leak, closing, comparable, leaks
+from .study_figures import plot_closing, plot_leaks
+from .variants import VARIANTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """Test the paper's claims, one by one, on the runs of `mode-lab isoflop`. Trains nothing."""
+
+    out: Path = Path("runs/isoflop")
+    """The folder of the runs."""
+
+
+_READING = """\
+Intervals in brackets are Student's, of confidence 0.95, for the mean of differences between runs of
+one seed and budget. A verdict is *reproduced* where the interval lies on the claim's side,
+*contradicted* where it lies on the other side, and otherwise *not resolved at this scale*. Seeds
+differ in parameters, data order and random routing; the text, the code and the small scale are the
+same in all of them, so no interval speaks about other texts or larger models. With many claims, one
+in twenty such intervals misses by chance.
+"""
+
+_CLOSING = """\
+Every arm spent equal training FLOPs. *Slots* are those filled per token under the causal rule;
+top-k fills the capacity. A rule that fills more spends more, and its loss is no fair win.
+"""
+
+_LEAK = """\
+Arms that train under top-k to the end and are then run under the running quantile. What top-k knows
+of the future is in the first loss and not in the second; so is whatever the rule gets wrong.
+"""
+
+
+def run_claims(asked: Claims, console: Console) -> None:
+    """Write `claims.md`, `claims.json`, `gap.png` and `leak.png`, and print the verdicts.
+
+    **Raises:** `ValueError` where there is no store, or one whose records cannot be compared.
+    """
+    settings = read_settings(asked.out)
+    if "reference" not in settings:
+        raise ValueError(
+            f"`out` must be a folder of `mode-lab isoflop`, got {asked.out}, of another command."
+        )
+    store = Store(asked.out)
+    records = store.all()
+    check_alike(records, settings, asked.out)
+    reference = Size(**settings["reference"])
+    cells, over_sizes = Cells(records, reference), curves(records, reference)
+    findings = [(claim, claim.test(cells, over_sizes)) for claim in CLAIMS]
+    gaps = closing(cells, comparable(cells, [arm.name for arm in VARIANTS]))
+    leaking = leaks(cells)
+    if gaps:
+        write_atomically(asked.out / "gap.png", lambda beside: plot_closing(beside, gaps))
+    if leaking:
+        write_atomically(asked.out / "leak.png", lambda beside: plot_leaks(beside, leaking))
+    write_json(asked.out / "claims.json", _record(findings, gaps, leaking))
+    text = _markdown(findings, gaps, leaking)
+    made = ["## Made with", "", *made_with(records, settings)]
+    write_text(asked.out / "claims.md", "\n".join([*text, *made]))
+    table = Table(title="Claims", title_justify="left", box=rich.box.SIMPLE)
+    for name in ("claim", "source", "verdict", "numbers"):
+        table.add_column(name, overflow="fold")
+    for row in _rows(findings):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"See {asked.out / 'claims.md'}.", highlight=False)
+
+
+def _rows(findings: Sequence[tuple[Claim, Finding]]) -> list[list[str]]:
+    return [
+        [claim.statement, claim.source, finding.verdict or "not run", finding.numbers]
+        for claim, finding in findings
+    ]
+
+
+def _markdown(
+    findings: Sequence[tuple[Claim, Finding]], gaps: Sequence[Closing], leaking: Sequence[Leak]
+) -> list[str]:
+    heads = ("claim", "section", "test", "numbers", "verdict")
+    rows = [
+        [
+            *(claim.statement, claim.source, claim.how),
+            *(finding.numbers, f"**{finding.verdict or 'not run'}**"),
+        ]
+        for claim, finding in findings
+    ]
+    lines = ["# The paper's claims, tested", "", *markdown_table(heads, rows), _READING]
+    if gaps:
+        lines += ["## Closing the gap", "", "![From top-k to causal loss](gap.png)", "", _CLOSING]
+        lines += markdown_table(
+            ("training FLOPs", "arm", "top-k", "causal", "gap", "slots", "behind the best"),
+            [_closing_row(row) for row in gaps],
+        )
+    if leaking:
+        lines += ["## The leak", "", "![Gap against group and layers](leak.png)", "", _LEAK]
+        lines += markdown_table(
+            ("arm", "varied", "value", "causal above top-k"),
+            [[row.arm, row.field, f"{row.value}", row.share.text(2, " %")] for row in leaking],
+        )
+    return lines
+
+
+def _closing_row(row: Closing) -> list[str]:
+    return [
+        *(f"{row.budget:.3g}", row.arm, f"{row.top_k.mean:.4f}", f"{row.causal.mean:.4f}"),
+        row.gap.text(4),
+        "-" if row.compute is None else f"{row.compute.mean:.3f}",
+        "-" if row.behind is None else row.behind.text(4),
+    ]
+
+
+def _record(
+    findings: Sequence[tuple[Claim, Finding]], gaps: Sequence[Closing], leaking: Sequence[Leak]
+) -> dict[str, list[dict[str, object]]]:
+    return {
+        "claims": [
+            {
+                "statement": claim.statement,
+                "source": claim.source,
+                "test": claim.how,
+                **dataclasses.asdict(finding),
+            }
+            for claim, finding in findings
+        ],
+        "closing": [dataclasses.asdict(row) for row in gaps],
+        "leak": [dataclasses.asdict(row) for row in leaking],
+    }
