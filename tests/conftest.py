@@ -16,6 +16,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile quickly, but for files that say `OPTIMISED = True`: what they test depends on it."""
     quick = not getattr(request.module, "OPTIMISED", False)
+    if not quick:
+        jax.clear_caches()  # another file may have compiled the same programs quickly
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

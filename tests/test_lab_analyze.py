@@ -1,6 +1,7 @@
 """`mode-lab analyze`: every number against a slow count of the same, for every arm; and what the
 command writes, of any text."""
 
+import collections
 import dataclasses
 import functools
 import io
@@ -445,7 +446,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def said(analyzing: Analyzing) -> str:
     stream = io.StringIO()
-    run_analysis(analyzing, Console(file=stream, width=120))
+    run_analysis(analyzing, Console(file=stream, width=400))
     return stream.getvalue()
 
 
@@ -492,7 +493,9 @@ def test_the_same_seed_gives_the_same_numbers(staged: Path, tmp_path: Path) -> N
     assert strict(tmp_path / "a/analysis.json") == strict(tmp_path / "b/analysis.json")
 
 
-@pytest.mark.parametrize("text", ["x", "Überall 日本語,\tnaïve café; 42 \x00 Ωμέγα.\r\n" * 30])
+@pytest.mark.parametrize(
+    "text", ["x", "Überall 日本語,\tnaïve café; 42 \x00 Ωμέγα.\r\n" * 20 + 99 * "7"]
+)
 def test_texts_of_the_users_own(staged: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "own.txt").write_bytes(text.encode())
     out = tmp_path / "out"
@@ -500,8 +503,12 @@ def test_texts_of_the_users_own(staged: Path, tmp_path: Path, text: str) -> None
     assert "(1 file)" in printed
     assert "was trained on" not in printed
     record = strict(out / "analysis.json")
-    # Each byte is predicted, once.
+    # Each byte is predicted once, from the token before it.
     assert record["selections"]["causal"]["tokens"] == len(text.encode())
+    tokens = [256, *text.encode()[:-1]]
+    expected = collections.Counter(map(slow_class, [256, *tokens], tokens))
+    for row in record["selections"]["causal"]["classes"]:
+        assert row["tokens"] == expected[row["name"]]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -84,7 +84,7 @@ def run_generation(
     pieces = _Pieces(model, prompt, generating.steps, sampler, generating.seed)
     write(generating.prompt.encode("utf-8", "surrogateescape"))
     for piece in pieces:
-        write(bytes(token for token in piece if token != DOCUMENT_START))
+        write(bytes(token for token in piece if token < DOCUMENT_START))
     speed = f"{pieces.speed:.0f} a second after the first {_PIECE}, which compile"
     console.print(
         f"\n{len(pieces.tokens)} bytes{'' if math.isnan(pieces.speed) else f', {speed}'}",

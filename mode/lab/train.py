@@ -145,7 +145,7 @@ def train(
     seconds = time.perf_counter() - began
     # Of a run so short that every step compiled, the mean of those.
     step_seconds = sorted(times)[len(times) // 2] if times else seconds / steps
-    return Trained(model, losses, step_seconds, seconds, sum(waits))
+    return Trained(model, losses, step_seconds, seconds, sum(waits, start=0.0))
 
 
 def _timed(stream: Iterator[Any], waits: list[float]) -> Iterator[Any]:
