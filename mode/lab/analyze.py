@@ -13,7 +13,7 @@ import mode
 
 from .analysis_report import About, Shown, write_analysis
 from .arms import Arm
-from .data import Documents, Sequences, _documents, _matching, read_corpus
+from .data import Documents, Sequences, read_corpus, read_documents
 from .evaluate import causal_model
 from .files import read_settings
 from .measures import byte_classes
@@ -102,7 +102,7 @@ def _text(analyzing: Analyzing, length: int) -> _Text:
     settings = read_settings(analyzing.checkpoint)
     if analyzing.data is not None:
         # All of it: the model learned nothing from it that would have to be held out.
-        documents = _documents(_matching(analyzing.data))
+        documents = read_documents(analyzing.data)
         said = f"all of {analyzing.data} ({_files(documents)})"
         return _Text(documents, said, _trained_on(documents, settings, length))
     corpus = read_corpus(settings["data"], length=length)

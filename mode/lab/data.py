@@ -106,6 +106,14 @@ def read_corpus(data: str | None, *, length: int) -> Corpus:
     return Corpus(train, rest)
 
 
+def read_documents(data: str) -> Documents:
+    """All files that a glob matches, none of them set apart.
+
+    **Raises:** `ValueError` for a glob that matches no file.
+    """
+    return _documents(_matching(data))
+
+
 def _standard_library() -> dict[str, bytes]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = (path for path in root.rglob("*.py") if path.is_file())
