@@ -19,9 +19,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-import mode
 from mode.lab.arms import arms_named
-from mode.lab.budget import flops_per_step
+from mode.lab.budget import flops_per_step, parameter_count
 from mode.lab.presets import PRESETS
 from mode.lab.step import Recipe, begin, make_step
 
@@ -66,17 +65,11 @@ def measure(name: str, tiny: bool) -> None:
 
     seconds = median_seconds(once, STEPS)
     flops = flops_per_step(arm, size)
-    parameters = sum(
-        leaf.size
-        for leaf, trained in zip(
-            jax.tree.leaves(state.model), jax.tree.leaves(mode.trainable(state.model)), strict=True
-        )
-        if trained
-    )
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     print(
-        f"| {name} | {parameters / 1e6:,.1f} M | {1e3 * seconds:.1f} | {flops / 1e12:.3g} T "
+        f"| {name} | {parameter_count(state.model) / 1e6:,.1f} M | {1e3 * seconds:.1f} "
+        f"| {flops / 1e12:.3g} T "
         f"| {flops / seconds / 1e12:.3g} T | {best / 1e12:.3g} T | {flops / seconds / best:.2f} "
         f"| {'-' if peak is None else f'{peak / 2**30:.1f} GiB'} |",
         flush=True,

@@ -12,12 +12,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# How this process compiled, last of all.
+_compiled_quickly = [False]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile quickly, but for files that say `OPTIMISED = True`: what they test depends on it."""
     quick = not getattr(request.module, "OPTIMISED", False)
-    if not quick:
-        jax.clear_caches()  # another file may have compiled the same programs quickly
+    if quick != _compiled_quickly[-1]:
+        jax.clear_caches()  # another file may have compiled the same programs the other way
+        _compiled_quickly.append(quick)
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,7 +1,6 @@
 """The isoFLOP laboratory: stores, presets, and sweeps that train."""
 
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from mode.lab.data import read_corpus
 from mode.lab.evidence import sweep as sweeping, verdicts
@@ -23,19 +21,11 @@ from mode.lab.evidence.runs import Runs
 from mode.lab.evidence.sweep import Isoflop, run_isoflop
 from mode.lab.evidence.variants import VARIANTS, variants_named
 from mode.lab.step import Recipe, make_step
+from tests.lab import quiet, repeating_texts, said
 from tests.records import REFERENCE, made_up
 
 
 RECIPE = Recipe(learning_rate=0.01)
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=160)
-
-
-def said(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 # Stores.
@@ -155,11 +145,7 @@ def test_a_size_that_trains_at_no_rate_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(12):
-        line = f"line {number} of a text that repeats itself\n"
-        (folder / f"{number}.txt").write_text(line * 30)
-    return str(folder / "*.txt")
+    return repeating_texts(tmp_path_factory.mktemp("texts"))
 
 
 def isoflop(out: Path, texts: str, **changes: object) -> Isoflop:

@@ -1,6 +1,5 @@
 """`mode-lab train` over several devices and processes: the same run, its text read once."""
 
-import io
 import json
 import os
 import socket
@@ -11,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from mode.lab import devices, run
 from mode.lab.__main__ import main
@@ -30,6 +28,7 @@ NOTING = """
 import sys
 from mode.lab import data
 from mode.lab.__main__ import main
+from tests.lab import quiet, said
 
 read = data.Sequences.__getitem__
 
@@ -55,10 +54,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def training(out: Path, texts: str, where: Devices) -> run.Training:
     return run.Training(out, ARM, STEPS, texts, held_out=8, save_every=4, size=SIZE, devices=where)
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=100)
 
 
 def result(out: Path) -> dict:
@@ -111,13 +106,13 @@ def test_two_processes_train_what_one_does(alone: Path, tmp_path: Path, texts: s
         for process in range(2)
     ]
     try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
+        printed = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "held out" in said[0]
-    assert "held out" not in said[1]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "held out" in printed[0]
+    assert "held out" not in printed[1]
     expected, found = result(alone), result(out)
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
     for name in ("bits_top_k", "bits_causal"):
@@ -143,8 +138,7 @@ def test_two_processes_train_what_one_does(alone: Path, tmp_path: Path, texts: s
     (out / "checkpoints" / str(STEPS) / "digests.json").unlink()
     console = quiet()
     run.run_training(training(out, texts, Devices(data=2)), console)
-    assert isinstance(console.file, io.StringIO)
-    assert "goes on from step 4" in console.file.getvalue()
+    assert "goes on from step 4" in said(console)
     np.testing.assert_allclose(result(out)["losses"], expected["losses"], rtol=1e-5)
 
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from rich.console import Console
 
 import mode
 from mode.lab import checkpoint, generate, run
 from mode.lab.__main__ import main
 from mode.lab.arms import Size
 from mode.lab.step import Recipe, TrainState
+from tests.lab import quiet, repeating_texts, said
 
 
 OPTIMISED = True
@@ -37,22 +37,9 @@ FLAGS = [
 ]
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=100)
-
-
-def said(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(12):
-        line = f"line {number} of a text that repeats itself\n"
-        (folder / f"{number}.txt").write_text(line * 30)
-    return str(folder / "*.txt")
+    return repeating_texts(tmp_path_factory.mktemp("texts"))
 
 
 def training(out: Path, texts: str, arm: str = "mod", steps: int = STEPS) -> run.Training:

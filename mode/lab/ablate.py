@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import equinox as eqx
 import jax
 import tyro
 from rich.console import Console
 
-import mode
-
 from .arms import NAMES, Arm, Size, arms_help, arms_named
-from .budget import flops_per_step, forward_flops_per_token, steps_for, training_budget
+from .budget import (
+    flops_per_step,
+    forward_flops_per_token,
+    parameter_count,
+    steps_for,
+    training_budget,
+)
 from .data import Corpus, Sample, held_out_batches, read_corpus
 from .evaluate import evaluate, routing_sample
 from .files import claim, read_settings
@@ -119,11 +122,10 @@ def _run_arm(
     )
     key = jax.random.fold_in(jax.random.key(ablation.seed), 1)
     found = evaluate(arm, trained.model, samples, key=key)
-    parameters = eqx.filter(trained.model, mode.trainable(trained.model))
     result = ArmResult(
         name=arm.name,
         description=arm.description,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+        parameters=parameter_count(trained.model),
         forward_flops=forward_flops_per_token(arm, size),
         step_flops=step_flops,
         steps=steps,

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from .files import write_json, write_text
 from .measures import CLASSES, Estimate
 from .passage import Passage
 from .summary import Summary, number
+from .versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +260,7 @@ def _made_with() -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("mode-jax", "jax", "equinox", "numpy", "matplotlib")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return versions("python", "mode-jax", "jax", "equinox", "numpy", "matplotlib")
 
 
 def _depth_table(summaries: Sequence[Summary], unit: str) -> tuple[list[str], list[list[str]]]:

@@ -147,15 +147,7 @@ def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLU]:
 
 
 def _experts(size: Size, key: PRNGKeyArray) -> mode.Residual:
-    return mode.integrated_mode(
-        _expert(size),
-        size.dim,
-        size.heads,
-        size.experts + size.noop,
-        0,
-        num_kv_heads=size.kv_heads,
-        key=key,
-    )
+    return _mixture(size, size.experts + size.noop, 0, key)
 
 
 def _reduced(size: Size, key: PRNGKeyArray) -> mode.Residual:
@@ -183,14 +175,12 @@ def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
 
 
 def _integrated(size: Size, key: PRNGKeyArray) -> mode.Residual:
+    return _mixture(size, size.experts, size.noop, key)
+
+
+def _mixture(size: Size, experts: int, noop: int, key: PRNGKeyArray) -> mode.Residual:
     return mode.integrated_mode(
-        _expert(size),
-        size.dim,
-        size.heads,
-        size.experts,
-        size.noop,
-        num_kv_heads=size.kv_heads,
-        key=key,
+        _expert(size), size.dim, size.heads, experts, noop, num_kv_heads=size.kv_heads, key=key
     )
 
 

@@ -42,6 +42,12 @@ def forward_flops_per_token(arm: Arm, size: Size) -> float:
     return counted.total / size.length
 
 
+def parameter_count(model: mode.Transformer) -> int:
+    """Numbers that an optimizer may move; of a model's shapes alone it is the same."""
+    parameters = eqx.filter(model, mode.trainable(model))
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))
+
+
 def training_budget(budget: float, size: Size) -> float:
     """The FLOPs that `budget` stands for.
 

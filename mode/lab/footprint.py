@@ -20,6 +20,7 @@ import mode
 from mode.testing import Collective, Exceeded, compiles_for
 
 from .arms import Arm, Size
+from .budget import parameter_count
 from .data import Batch, shape_of_batch
 from .step import Recipe, TrainState, begin, make_step, next_byte_loss
 
@@ -124,7 +125,7 @@ class Program:
         parameter_bytes = bytes_on_device(parameters, mesh)
         optimizer_bytes = bytes_on_device(optimizer, mesh)
         return Counted(
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+            parameters=parameter_count(model),
             flops=self.flops / devices,
             parameter_bytes=parameter_bytes,
             optimizer_bytes=optimizer_bytes,

@@ -1,9 +1,7 @@
 """What `mode-lab plan` prints and saves."""
 
 import dataclasses
-import platform
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from rich.table import Table
 from .arms import Size
 from .files import write_json, write_text
 from .footprint import Counted, Said
+from .versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,14 +205,8 @@ def _verdict(plan: Plan) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    names = ("mode-jax", "jax", "jaxlib", "equinox", "optax", "libtpu", "jax-cuda13-pjrt")
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a compiler that this plan did without
-            continue
-    return found
+    compilers = ("libtpu", "jax-cuda13-pjrt")
+    return versions("python", "mode-jax", "jax", "jaxlib", "equinox", "optax", *compilers)
 
 
 def _record(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 from .files import write_atomically, write_json, write_text
 from .plots import plot_curves, plot_routing
 from .store import ArmResult, load_sample
+from .versions import versions
 
 
 _COLUMNS = (
@@ -80,12 +80,11 @@ def write_report(
     console: Console,
 ) -> None:
     """`report.md`, `results.json`, `curves.png` and `routing.png` in `out`, and the table."""
-    versions = {name: version(name) for name in ("mode-jax", "jax", "equinox", "optax", "grain")}
-    versions["python"] = platform.python_version()
-    versions["platform"] = platform.platform()
+    made_with = versions("mode-jax", "jax", "equinox", "optax", "grain", "python")
+    made_with["platform"] = platform.platform()
     record = {
         "command": command,
-        "versions": versions,
+        "versions": made_with,
         "settings": settings,
         "arms": [dataclasses.asdict(result) for result in results],
     }
@@ -98,7 +97,7 @@ def write_report(
     maps = {result.name: load_sample(out, result.name) for result in routed}
     if maps:
         write_atomically(out / "routing.png", lambda beside: plot_routing(beside, maps))
-    write_text(out / "report.md", _markdown(results, settings, command, versions, bool(maps)))
+    write_text(out / "report.md", _markdown(results, settings, command, made_with, bool(maps)))
     console.print(_table(results))
     if _short(results):
         console.print(
@@ -169,7 +168,7 @@ def _markdown(
     results: Sequence[ArmResult],
     settings: dict[str, Any],
     command: str,
-    versions: dict[str, str],
+    made_with: dict[str, str],
     mapped: bool,
 ) -> str:
     lines = ["# Routing ablation at equal training FLOPs", "", f"    {command}", ""]
@@ -189,6 +188,6 @@ def _markdown(
     if mapped:
         lines += ["![Which tokens each routed layer took](routing.png)", ""]
     lines += ["## Made with", ""]
-    lines += [f"- {name} {number}" for name, number in versions.items()]
+    lines += [f"- {name} {number}" for name, number in made_with.items()]
     lines += [f"- {jax.default_backend()}, {os.cpu_count()} processor cores", ""]
     return "\n".join(lines)

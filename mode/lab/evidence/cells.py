@@ -23,6 +23,11 @@ def top_k(record: Record) -> float:
     return record.end.bits_top_k
 
 
+def gap_per_cent(record: Record) -> float:
+    """How much higher the causal loss is than that under top-k, of which it is a share."""
+    return 100 * (causal(record) / top_k(record) - 1)
+
+
 class Cells:
     """What a store holds, the search of learning rates left out.
 
@@ -66,7 +71,7 @@ class Cells:
         value: Value = causal,
         *,
         budget: float | None = None,
-        relative: bool = False,
+        per_cent: bool = False,
     ) -> Spread | None:
         """`other` less `one`, of the same budget and seed; `None` where they share none.
 
@@ -74,7 +79,7 @@ class Cells:
 
         - `value`: what is compared.
         - `budget`: of this one alone; by default of all.
-        - `relative`: as a share of `one`.
+        - `per_cent`: as a share of `one`.
         """
         first, second = self.at(*one), self.at(*other)
         differences = []
@@ -82,7 +87,7 @@ class Cells:
             if budget is None or place[0] == budget:
                 base = value(first[place])
                 difference = value(second[place]) - base
-                differences.append(difference / base if relative else difference)
+                differences.append(100 * difference / base if per_cent else difference)
         return Spread.of(differences) if differences else None
 
     def within(self, cell: Cell, value: Value, *, budget: float | None = None) -> Spread | None:

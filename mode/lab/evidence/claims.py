@@ -8,9 +8,10 @@ and otherwise *not resolved at this scale*.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from .cells import Cell, Cells, Value, causal, top_k
+from ..arms import Size
+from .cells import Cell, Cells, gap_per_cent, top_k
 from .fit import Curve
-from .records import Mark, Record
+from .records import Mark
 from .statistics import CONTRADICTED, REPRODUCED, UNRESOLVED, Spread, Verdict
 
 
@@ -49,25 +50,25 @@ class Claim:
 _MISSING = Finding("the runs are not there", None)
 
 
-def _better(one: str, other: str, value: Value = causal) -> Callable[..., Finding]:
+def _better(one: str, other: str) -> Callable[..., Finding]:
     """`one` has a lower loss than `other`, at the reference."""
 
     def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
         del curves
         size = cells.reference
-        found = cells.paired((one, size), (other, size), value)
+        found = cells.paired((one, size), (other, size))
         if found is None:
             return _MISSING
-        each = _by_budget(cells, (one, size), (other, size), value)
+        each = _by_budget(cells, (one, size), (other, size))
         return Finding(f"{other} less {one}: {found.text(4)} bits per byte; {each}", found.above())
 
     return test
 
 
-def _by_budget(cells: Cells, one: Cell, other: Cell, value: Value) -> str:
+def _by_budget(cells: Cells, one: Cell, other: Cell) -> str:
     parts = []
     for budget in cells.budgets:
-        found = cells.paired(one, other, value, budget=budget)
+        found = cells.paired(one, other, budget=budget)
         if found is not None:
             parts.append(f"{found.mean:+.4f} at {budget:.3g}")
     return ", ".join(parts)
@@ -76,9 +77,7 @@ def _by_budget(cells: Cells, one: Cell, other: Cell, value: Value) -> str:
 def _capacity(cells: Cells, curves: Sequence[Curve]) -> Finding:
     """The reference's capacity against every other that was run."""
     del curves
-    others = [
-        size for size in cells.sizes("mod", capacity=None) if size.capacity != _reference(cells)
-    ]
+    others = [size for size in cells.sizes("mod", capacity=None) if size != cells.reference]
     if not others or not cells.at("mod"):
         return _MISSING
     parts, verdicts = [], []
@@ -89,11 +88,7 @@ def _capacity(cells: Cells, curves: Sequence[Curve]) -> Finding:
             verdicts.append(found.above())
     best = REPRODUCED if all(one == REPRODUCED for one in verdicts) else UNRESOLVED
     verdict = CONTRADICTED if CONTRADICTED in verdicts else best
-    return Finding(f"loss less that at {_reference(cells):g}: {'; '.join(parts)}", verdict)
-
-
-def _reference(cells: Cells) -> float:
-    return cells.reference.capacity
+    return Finding(f"loss less that at {cells.reference.capacity:g}: {'; '.join(parts)}", verdict)
 
 
 def _optimum(cells: Cells, curves: Sequence[Curve]) -> Finding:
@@ -184,11 +179,11 @@ def _depth(cells: Cells, curves: Sequence[Curve]) -> Finding:
     return Finding(text, found.above())
 
 
-def _alike(cells: Cells, deeper: object, wider: object) -> bool:
+def _alike(cells: Cells, deeper: Size, wider: Size) -> bool:
     """Whether the two cost the same, within a tenth, and more than the reference."""
     costs = []
     for size in (deeper, wider, cells.reference):
-        found = cells.at("mod", size)  # pyright: ignore[reportArgumentType]
+        found = cells.at("mod", size)
         if not found:
             return False
         costs.append(next(iter(found.values())).forward_flops)
@@ -245,13 +240,9 @@ def _costs(arm: str, low: float, high: float) -> Callable[..., Finding]:
     def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
         del curves
         size = cells.reference
-        found = cells.paired(("mod-after", size), (arm, size), top_k, relative=True)
+        found = cells.paired(("mod-after", size), (arm, size), top_k, per_cent=True)
         if found is None:
             return _MISSING
-        found = dataclasses.replace(
-            found,
-            **{name: 100 * getattr(found, name) for name in ("mean", "deviation", "low", "high")},
-        )
         outside = found.low > high or found.high < low
         inside = low <= found.low and found.high <= high
         verdict = CONTRADICTED if outside else REPRODUCED if inside else UNRESOLVED
@@ -265,11 +256,7 @@ def _gap(arm: str, most: float) -> Callable[..., Finding]:
 
     def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
         del curves
-
-        def gap(record: Record) -> float:
-            return 100 * (causal(record) / top_k(record) - 1)
-
-        found = cells.within((arm, cells.reference), gap)
+        found = cells.within((arm, cells.reference), gap_per_cent)
         if found is None:
             return _MISSING
         return Finding(f"{found.text(2, ' %')} of the top-k loss", found.below(most))

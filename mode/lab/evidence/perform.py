@@ -4,19 +4,18 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
-import equinox as eqx
 import jax
 import numpy as np
 
 import mode
 
 from ..arms import Arm
-from ..budget import flops_per_step, forward_flops_per_token, steps_for
+from ..budget import flops_per_step, forward_flops_per_token, parameter_count, steps_for
 from ..data import Corpus, Sample, held_out_batches
 from ..evaluate import Evaluation, evaluate
 from ..train import Progress, Saving, Watch, train
+from ..versions import versions
 from .records import Mark, Record, Run
 from .variants import variants_named
 
@@ -73,10 +72,9 @@ def perform(run: Run, arm: Arm, corpus: Corpus, watch: Watch) -> Record:
     )
     on_way = sum(evaluating)
     end = judge(trained.model, samples)
-    parameters = eqx.filter(trained.model, mode.trainable(trained.model))
     return Record(
         run=run,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+        parameters=parameter_count(trained.model),
         forward_flops=forward_flops_per_token(arm, size),
         step_flops=step_flops,
         steps=steps,
@@ -90,7 +88,7 @@ def perform(run: Run, arm: Arm, corpus: Corpus, watch: Watch) -> Record:
             "evaluating": round(sum(evaluating), 3),
         },
         step_seconds=trained.step_seconds,
-        versions=versions(),
+        versions=versions("mode-jax", "jax", "equinox", "optax", "grain", "python"),
         machine=f"{platform.platform()}, {jax.default_backend()}, {os.cpu_count()} cores",
     )
 
@@ -102,12 +100,6 @@ def check_budget(run: Run) -> int:
     """
     (arm,) = variants_named([run.arm])
     return steps_for(arm, run.budget, flops_per_step(arm, run.size))
-
-
-def versions() -> dict[str, str]:
-    """Of what a run depends on."""
-    names = ("mode-jax", "jax", "equinox", "optax", "grain")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def _mark(step: int, found: Evaluation) -> Mark:

@@ -8,7 +8,7 @@ spends stands beside its loss.
 import dataclasses
 from collections.abc import Sequence
 
-from .cells import Cells, causal, top_k
+from .cells import Cells, causal, gap_per_cent, top_k
 from .records import Record
 from .statistics import Spread
 
@@ -94,7 +94,7 @@ def leaks(cells: Cells) -> list[Leak]:
                 records = cells.at(arm, size)
                 least = min(budget for budget, _ in records)
                 shares = [
-                    100 * (causal(record) / top_k(record) - 1)
+                    gap_per_cent(record)
                     for (budget, _), record in records.items()
                     if budget == least
                 ]

@@ -86,7 +86,7 @@ class Isoflop:
 def run_isoflop(isoflop: Isoflop, console: Console) -> None:
     """Run what is missing, and report.
 
-    **Raises:** `ValueError` for bad settings, and where a run gave no result.
+    **Raises:** `ValueError` for bad settings, and where no learning rate of a size gave a result.
     """
     preset = isoflop.asked()
     if isoflop.minutes is not None and isoflop.minutes <= 0:
@@ -138,8 +138,8 @@ class Sweep:
                     with _held(self.store.folder, group[0]) as mine:
                         if mine:
                             self._perform(group, bars, console)
-                    # Programs of other sizes and arms are of no use any more.
-                    jax.clear_caches()
+                            # The programs of this size and arm are of no use any more.
+                            jax.clear_caches()
                     if self._late():
                         return
                 open_groups = [group for group in open_groups if not self._over(group)]
