@@ -1,9 +1,16 @@
-"""What tests of `mode-lab` share: a console that is read, and a text."""
+"""What tests of `mode-lab` share: a console that is read, texts, and what a byte is."""
 
 import io
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
+
+from mode.lab.data import Documents
+
+
+# A line of a text, by its number.
+LINE = "def f_{0}(x1):  # line {0}, of 12\n    return 'it is' + x1\n"
 
 
 def quiet() -> Console:
@@ -23,3 +30,31 @@ def repeating_texts(folder: Path) -> str:
         line = f"line {number} of a text that repeats itself\n"
         (folder / f"{number}.txt").write_text(line * 30)
     return str(folder / "*.txt")
+
+
+def documents(*texts: str | bytes) -> Documents:
+    """One of each text."""
+    pieces = [
+        np.array([256, *(text.encode() if isinstance(text, str) else text)], np.uint16)
+        for text in texts
+    ]
+    starts = np.cumsum([0, *map(len, pieces[:-1])])
+    return Documents(tuple(map(str, range(len(texts)))), np.concatenate(pieces), starts)
+
+
+def slow_class(before: int, token: int) -> str:
+    """The class of a byte after another, by Python's own idea of ASCII characters."""
+
+    def wordly(token: int) -> bool:
+        return token != 256 and (token > 127 or chr(token).isalpha() or chr(token) == "_")
+
+    if token == 256:
+        return "document start"
+    if token < 128 and chr(token) in " \t\n\r\v\f":
+        return "space"
+    if token < 128 and chr(token).isdigit():
+        return "digit"
+    if not wordly(token):
+        return "punctuation"
+    inside = wordly(before) or (before < 128 and chr(before).isdigit())
+    return "word inside" if inside else "word start"

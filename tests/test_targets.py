@@ -241,7 +241,8 @@ def test_too_little_memory_is_read_off_the_error(text: str, needed: float | None
     ("target", "gib"), [("tpu:v5e:1x1", 15.75), ("tpu:v5e:4x4", 15.75), ("tpu:v6e:2x2", 31.25)]
 )
 def test_the_compiler_says_how_much_memory_there_is(target: str, gib: float) -> None:
-    assert memory_of(target) == gib * 2**30
+    # Compilers of different versions keep some megabytes more or less for themselves.
+    assert memory_of(target) == pytest.approx(gib * 2**30, abs=2**26)
 
 
 @TPU
