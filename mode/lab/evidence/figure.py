@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from ..plots import COLOURS, INK
 from .fit import Curve
@@ -34,6 +35,9 @@ def plot_curves(path: Path, curves: Sequence[Curve]) -> None:
     costs.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     costs.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     costs.set_xscale("log")
+    costs.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    costs.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    costs.xaxis.set_minor_formatter(NullFormatter())
     costs.set_xlabel("FLOPs of a forward pass, relative to the dense optimum's")
     costs.set_ylabel("loss, relative to the dense optimum's")
     costs.set_title("Cost of a forward pass", loc="left", color=INK)

@@ -98,6 +98,16 @@ class Curve:
         found = [fit.at(fit.lowest) for fit in self.seeds if fit.lowest is not None]
         return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
+    @property
+    def misfit(self) -> float:
+        """The furthest that the mean over seeds at a size lies from the parabola through all."""
+        sizes: dict[int, list[float]] = {}
+        for record in self.records:
+            sizes.setdefault(record.parameters, []).append(record.end.bits_causal)
+        return max(
+            abs(float(np.mean(found)) - self.fit.at(float(size))) for size, found in sizes.items()
+        )
+
     def forward_flops(self, parameters: float) -> float:
         """FLOPs of a forward pass per token at a size, between those of the sizes measured."""
         points = sorted({(record.parameters, record.forward_flops) for record in self.records})

@@ -23,6 +23,7 @@ _COLUMNS = (
     "optimum, parameters",
     "loss there",
     "over seeds",
+    "misfit",
     "forward FLOPs / token",
     "as dense's optimum, at",
 )
@@ -35,6 +36,8 @@ _READING = """\
   lowest point counts where it lies between the sizes that were run, and is otherwise *not
   bracketed*: nothing is extrapolated. *Over seeds* is the standard deviation of the lowest points
   of a parabola for each seed.
+- *Misfit* is the furthest that the mean over seeds at a size lies from the parabola. Where it is as
+  large as a difference between arms, the parabola cannot resolve that difference.
 - *As dense's optimum, at* is the smallest share of the forward FLOPs of the dense optimum at which
   the arm's parabola is as low as that optimum; with "at most" where that is the smallest size run.
 - Steps are the budget over the FLOPs of a step's loss and gradient, counted on the traced program;
@@ -100,6 +103,7 @@ def _rows(found: Sequence[Curve]) -> list[list[str]]:
                 "not bracketed" if lowest is None else f"{lowest:,.0f}",
                 "-" if curve.lowest is None else f"{curve.lowest:.4f}",
                 "-" if spread is None else f"{spread:.4f}",
+                f"{curve.misfit:.4f}",
                 "-" if lowest is None else f"{curve.forward_flops(lowest):,.0f}",
                 _cheapest(curve, dense),
             ]

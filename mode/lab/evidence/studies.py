@@ -25,7 +25,6 @@ class Closing:
     - `arm`, `budget`: which.
     - `top_k`, `causal`, `gap`: bits per byte over seeds; the gap is their difference.
     - `compute`: slots filled per token, causally, by the outermost router; `None` for a dense arm.
-    - `behind`: causal loss less that of the best arm's same seeds; `None` for the best.
     """
 
     arm: str
@@ -34,7 +33,6 @@ class Closing:
     causal: Spread
     gap: Spread
     compute: Spread | None
-    behind: Spread | None
 
 
 def _gap(record: Record) -> float:
@@ -46,23 +44,47 @@ def closing(cells: Cells, arms: Sequence[str]) -> list[Closing]:
     found = []
     for budget in cells.budgets:
         rows = [_row(arm, budget, here) for arm in arms if (here := _at(cells, arm, budget))]
-        rows.sort(key=lambda row: row.causal.mean)
-        found += rows[:1]
-        for row in rows[1:]:
-            best, cell = ((arm, cells.reference) for arm in (rows[0].arm, row.arm))
-            behind = cells.paired(best, cell, budget=budget)
-            found.append(dataclasses.replace(row, behind=behind))
+        found += sorted(rows, key=lambda row: row.causal.mean)
     return found
 
 
 def _row(arm: str, budget: float, records: Sequence[Record]) -> Closing:
     top, low, gap = (Spread.of([value(one) for one in records]) for value in (top_k, causal, _gap))
     computes = [one.end.compute for one in records if one.end.compute is not None]
-    return Closing(arm, budget, top, low, gap, Spread.of(computes) if computes else None, None)
+    return Closing(arm, budget, top, low, gap, Spread.of(computes) if computes else None)
 
 
 def _at(cells: Cells, arm: str, budget: float) -> list[Record]:
     return [record for (spent, _), record in cells.at(arm).items() if spent == budget]
+
+
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """One arm at the reference against `mod`, which is what the library does by default.
+
+    **Attributes:**
+
+    - `arm`: which.
+    - `causal`: its causal loss less that of `mod`, over the seeds and budgets of both.
+    - `slots`: filled per token, causally; `None` for a dense arm.
+    """
+
+    arm: str
+    causal: Spread
+    slots: float | None
+
+
+def against_default(cells: Cells, arms: Sequence[str]) -> list[Against]:
+    """Every other arm, from the lowest causal loss to the highest."""
+    found = []
+    for arm in arms:
+        apart = cells.paired(("mod", cells.reference), (arm, cells.reference))
+        if arm == "mod" or apart is None:
+            continue
+        filled = [record.end.compute for record in cells.at(arm).values()]
+        known = [one for one in filled if one is not None]
+        found.append(Against(arm, apart, sum(known) / len(known) if known else None))
+    return sorted(found, key=lambda row: row.causal.mean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +125,12 @@ def leaks(cells: Cells) -> list[Leak]:
 
 
 def comparable(cells: Cells, names: Sequence[str]) -> list[str]:
-    """The arms to compare for the gap: dense, and those that route depth alone, that were run."""
+    """The arms to compare for the gap: dense, and those that route every other layer's depth alone,
+    that were run."""
     return [
         name
         for name in names
-        if cells.at(name) and (name in ("dense", "mod") or name.startswith("mod-"))
+        if cells.at(name)
+        and (name in ("dense", "mod") or name.startswith("mod-"))
+        and name != "mod-every"
     ]

@@ -15,7 +15,7 @@ from .claims import CLAIMS, Claim, Finding
 from .fit import curves
 from .records import Store
 from .report import check_alike, made_with, markdown_table
-from .studies import Closing, Leak, closing, comparable, leaks
+from .studies import Against, Closing, Leak, against_default, closing, comparable, leaks
 from .study_figures import plot_closing, plot_leaks
 from .variants import VARIANTS
 
@@ -42,6 +42,12 @@ Every arm spent equal training FLOPs. *Slots* are those filled per token under t
 top-k fills the capacity. A rule that fills more spends more, and its loss is no fair win.
 """
 
+_AGAINST = """\
+Pairs of runs of one seed and budget, over all budgets. `mod` is the raw gate, the running quantile
+at rate 0.03, and the last fifth of training under it. An interval that holds 0 does not tell an arm
+from it.
+"""
+
 _LEAK = """\
 Arms that train under top-k to the end and are then run under the running quantile. What top-k knows
 of the future is in the first loss and not in the second; so is whatever the rule gets wrong.
@@ -64,14 +70,15 @@ def run_claims(asked: Claims, console: Console) -> None:
     reference = Size(**settings["reference"])
     cells, over_sizes = Cells(records, reference), curves(records, reference)
     findings = [(claim, claim.test(cells, over_sizes)) for claim in CLAIMS]
-    gaps = closing(cells, comparable(cells, [arm.name for arm in VARIANTS]))
+    arms = comparable(cells, [arm.name for arm in VARIANTS])
+    gaps, apart = closing(cells, arms), against_default(cells, arms)
     leaking = leaks(cells)
     if gaps:
         write_atomically(asked.out / "gap.png", lambda beside: plot_closing(beside, gaps))
     if leaking:
         write_atomically(asked.out / "leak.png", lambda beside: plot_leaks(beside, leaking))
-    write_json(asked.out / "claims.json", _record(findings, gaps, leaking))
-    text = _markdown(findings, gaps, leaking)
+    write_json(asked.out / "claims.json", _record(findings, gaps, apart, leaking))
+    text = _markdown(findings, gaps, apart, leaking)
     made = ["## Made with", "", *made_with(records, settings)]
     write_text(asked.out / "claims.md", "\n".join([*text, *made]))
     table = Table(title="Claims", title_justify="left", box=rich.box.SIMPLE)
@@ -91,7 +98,10 @@ def _rows(findings: Sequence[tuple[Claim, Finding]]) -> list[list[str]]:
 
 
 def _markdown(
-    findings: Sequence[tuple[Claim, Finding]], gaps: Sequence[Closing], leaking: Sequence[Leak]
+    findings: Sequence[tuple[Claim, Finding]],
+    gaps: Sequence[Closing],
+    apart: Sequence[Against],
+    leaking: Sequence[Leak],
 ) -> list[str]:
     heads = ("claim", "section", "test", "numbers", "verdict")
     rows = [
@@ -105,8 +115,14 @@ def _markdown(
     if gaps:
         lines += ["## Closing the gap", "", "![From top-k to causal loss](gap.png)", "", _CLOSING]
         lines += markdown_table(
-            ("training FLOPs", "arm", "top-k", "causal", "gap", "slots", "behind the best"),
+            ("training FLOPs", "arm", "top-k", "causal", "gap", "slots"),
             [_closing_row(row) for row in gaps],
+        )
+    if apart:
+        lines += ["## Against the default", "", _AGAINST]
+        lines += markdown_table(
+            ("arm", "causal loss less that of mod", "slots"),
+            [[row.arm, row.causal.text(4), _slots(row.slots)] for row in apart],
         )
     if leaking:
         lines += ["## The leak", "", "![Gap against group and layers](leak.png)", "", _LEAK]
@@ -121,13 +137,19 @@ def _closing_row(row: Closing) -> list[str]:
     return [
         *(f"{row.budget:.3g}", row.arm, f"{row.top_k.mean:.4f}", f"{row.causal.mean:.4f}"),
         row.gap.text(4),
-        "-" if row.compute is None else f"{row.compute.mean:.3f}",
-        "-" if row.behind is None else row.behind.text(4),
+        _slots(None if row.compute is None else row.compute.mean),
     ]
 
 
+def _slots(filled: float | None) -> str:
+    return "-" if filled is None else f"{filled:.3f}"
+
+
 def _record(
-    findings: Sequence[tuple[Claim, Finding]], gaps: Sequence[Closing], leaking: Sequence[Leak]
+    findings: Sequence[tuple[Claim, Finding]],
+    gaps: Sequence[Closing],
+    apart: Sequence[Against],
+    leaking: Sequence[Leak],
 ) -> dict[str, list[dict[str, object]]]:
     return {
         "claims": [
@@ -140,5 +162,6 @@ def _record(
             for claim, finding in findings
         ],
         "closing": [dataclasses.asdict(row) for row in gaps],
+        "against_default": [dataclasses.asdict(row) for row in apart],
         "leak": [dataclasses.asdict(row) for row in leaking],
     }
