@@ -101,6 +101,16 @@ def test_the_misfit_is_the_worst_distance_of_a_size_from_the_fit() -> None:
     assert curve.misfit > 0.1
 
 
+def test_seeds_of_some_sizes_alone_do_not_pull_at_the_fit() -> None:
+    records = over_sizes("dense", 1500, 2.0)
+    more = made_up("dense", 9.0, size=records[2].run.size, seed=7, parameters=1000, forward=2000.0)
+    (one,), (other,) = curves(records, REFERENCE), curves([*records, more], REFERENCE)
+    assert other == one
+    # Until a seed has all sizes there is nothing better than all runs.
+    (partly,) = curves(records[1:7], REFERENCE)
+    assert (len(partly.records), partly.seeds) == (6, ())
+
+
 def test_an_arm_of_two_sizes_has_no_curve() -> None:
     records = over_sizes("dense", 1500, 2.0) + over_sizes("mod", 1200, 1.9)[:4]
     assert [curve.arm for curve in curves(records, REFERENCE)] == ["dense"]

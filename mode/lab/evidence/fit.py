@@ -3,6 +3,7 @@
 *Source:* the second method of arXiv:2203.15556, as arXiv:2404.02258, section 4.1, uses it.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -76,8 +77,8 @@ class Curve:
     **Attributes:**
 
     - `arm`, `budget`: which.
-    - `records`: all of them, by parameters and seed.
-    - `fit`: through all of them.
+    - `records`: of the seeds that have every size, or else all, by parameters and seed.
+    - `fit`: through all of these.
     - `seeds`: a fit for each seed that has every size.
     """
 
@@ -144,15 +145,19 @@ def curves(records: Iterable[Record], reference: Size) -> list[Curve]:
         )
         if len({record.parameters for record in cell}) < _FEWEST:
             continue
-        sizes = len({record.run.size for record in cell})
-        seeds = sorted({record.run.seed for record in cell})
-        whole = [
-            of_seed
-            for seed in seeds
-            if len(of_seed := [r for r in cell if r.run.seed == seed]) == sizes
-        ]
-        found.append(Curve(arm, budget, tuple(cell), _fit(cell), tuple(map(_fit, whole))))
+        whole = _whole_seeds(cell)
+        if whole:  # the others would pull the fit to the sizes that have more of them
+            cell = [record for record in cell if record.run.seed in whole]
+        seeds = [[record for record in cell if record.run.seed == seed] for seed in whole]
+        found.append(Curve(arm, budget, tuple(cell), _fit(cell), tuple(map(_fit, seeds))))
     return found
+
+
+def _whole_seeds(cell: Sequence[Record]) -> list[int]:
+    """Those that were run at every size."""
+    sizes = len({record.run.size for record in cell})
+    count = collections.Counter(record.run.seed for record in cell)
+    return sorted(seed for seed, runs in count.items() if runs == sizes)
 
 
 def compared(record: Record, reference: Size) -> bool:

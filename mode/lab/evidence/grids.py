@@ -184,7 +184,7 @@ PRESETS = {
         rates=(1e-2, 2e-2, 4e-2),
     ),
     "h100-half-hour": Preset(
-        "half an hour on one H100: 1 to 90 million parameters, 3e15 and 1e16 training FLOPs",
+        "half an hour on one H100: 4 to 44 million parameters, 3e15 and 1e16 training FLOPs",
         _LARGE,
         (
             Grid(

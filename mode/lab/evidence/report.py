@@ -32,10 +32,10 @@ _READING = """\
 ## How to read it
 
 - *Loss* is held out and causal, in bits per byte: as a sampler would get it. Top-k looks ahead.
-- A parabola in the logarithm of the parameters goes through all runs of an arm and budget. Its
-  lowest point counts where it lies between the sizes that were run, and is otherwise *not
-  bracketed*: nothing is extrapolated. *Over seeds* is the standard deviation of the lowest points
-  of a parabola for each seed.
+- A parabola in the logarithm of the parameters goes through the runs of an arm and budget, of the
+  seeds that every size has. Its lowest point counts where it lies between the sizes that were run,
+  and is otherwise *not bracketed*: nothing is extrapolated. *Over seeds* is the standard deviation
+  of the lowest points of a parabola for each seed.
 - *Misfit* is the furthest that the mean over seeds at a size lies from the parabola. Where it is as
   large as a difference between arms, the parabola cannot resolve that difference.
 - *As dense's optimum, at* is the smallest share of the forward FLOPs of the dense optimum at which
