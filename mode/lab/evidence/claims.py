@@ -70,7 +70,7 @@ def _by_budget(cells: Cells, one: Cell, other: Cell) -> str:
     for budget in cells.budgets:
         found = cells.paired(one, other, budget=budget)
         if found is not None:
-            parts.append(f"{found.mean:+.4f} at {budget:.3g}")
+            parts.append(f"{found.text(4)} at {budget:.3g}")
     return ", ".join(parts)
 
 
