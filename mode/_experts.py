@@ -55,8 +55,8 @@ class MixtureOfExperts(AbstractBlock):
         competes in the softmax. Under `ExpertChoice` they only move probability; under
         `TokenChoice` choosing one takes one of the token's `k` places.
     - `num_shared`: further experts that see every token with weight 1.
-    - `select`: `ExpertChoice()`, which sees the future in a decoder (`causal` replaces it), or
-        `TokenChoice(k)`, which does not.
+    - `select`: `ExpertChoice()`, which sees the future in a decoder (`causal` replaces it; its own
+        docstring says what that costs), or `TokenChoice(k)`, which does not.
     - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
     - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
     - `position_bins`: running quantiles, each for some positions, that the causal rule `ByQuantile`
