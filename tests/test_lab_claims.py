@@ -13,7 +13,7 @@ from mode.lab.evidence.fit import Parabola, curves
 from mode.lab.evidence.grids import sized
 from mode.lab.evidence.records import Mark, Record
 from mode.lab.evidence.statistics import CONTRADICTED, REPRODUCED, UNRESOLVED, Spread
-from mode.lab.evidence.studies import against_default, closing, comparable
+from mode.lab.evidence.studies import against_default, closing, comparable, learned
 from tests.records import REFERENCE, made_up
 
 
@@ -310,3 +310,22 @@ def test_arms_are_held_against_the_default_seed_by_seed() -> None:
     assert comparable(cells, ["mod-half", "mod-every", "moe", "dense", "mod"]) == [
         *("mod-half", "dense", "mod")
     ]
+
+
+def test_what_learning_gains_is_told_by_size_and_budget() -> None:
+    wide = sized(REFERENCE, "24x2")
+    long = dataclasses.replace(REFERENCE, length=64)
+    records = [
+        *pairs("mod", "mod-random", 0.05),
+        *(made_up("mod", 2.0, size=wide, seed=s) for s in (0, 1)),
+        *(made_up("mod-random", 1.9, size=wide, seed=s) for s in (1, 2)),
+        *(made_up(arm, 1.0, size=long) for arm in ("mod", "mod-random")),
+    ]
+    found = learned(Cells(records, REFERENCE))
+    assert [(row.size.dim, row.budget, row.gain.count) for row in found] == [
+        *((16, 1e8, 3), (16, 3e8, 3)),
+        (24, 1e8, 1),
+    ]
+    assert found[0].gain.mean == pytest.approx(0.05)
+    assert found[2].gain.mean == pytest.approx(-0.1)
+    assert {row.steps for row in found} == {10}

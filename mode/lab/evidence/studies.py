@@ -1,4 +1,5 @@
-"""Two questions beside the paper's claims: how to close the gap, and how much is leaked.
+"""Questions beside the paper's claims: how to close the gap, when learning to route pays, and how
+much is leaked.
 
 The gap is that between the loss under top-k, which looks at the future, and the loss as a sampler
 would get it. A rule that spends more compute than top-k did is not a better rule, so what each
@@ -8,6 +9,7 @@ spends stands beside its loss.
 import dataclasses
 from collections.abc import Sequence
 
+from ..arms import Size
 from .cells import Cells, causal, gap_per_cent, top_k
 from .records import Record
 from .statistics import Spread
@@ -85,6 +87,36 @@ def against_default(cells: Cells, arms: Sequence[str]) -> list[Against]:
         known = [one for one in filled if one is not None]
         found.append(Against(arm, apart, sum(known) / len(known) if known else None))
     return sorted(found, key=lambda row: row.causal.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What learning where to route gained over routing by noise, at one size and budget.
+
+    **Attributes:**
+
+    - `size`, `budget`: which.
+    - `steps`: that the router had to learn in.
+    - `gain`: causal loss of `mod-random` less that of `mod`, over seeds.
+    """
+
+    size: Size
+    budget: float
+    steps: int
+    gain: Spread
+
+
+def learned(cells: Cells) -> list[Learned]:
+    """Of every size in features and layers at which both were run, by steps."""
+    found = []
+    for size in cells.sizes("mod", dim=None, depth=None, heads=None):
+        for budget in sorted({spent for spent, _ in cells.at("mod", size)}):
+            gain = cells.paired(("mod", size), ("mod-random", size), budget=budget)
+            if gain is not None:
+                runs = cells.at("mod", size).items()
+                steps = next(record.steps for (spent, _), record in runs if spent == budget)
+                found.append(Learned(size, budget, steps, gain))
+    return sorted(found, key=lambda row: row.steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,19 @@ from ..files import read_settings, write_atomically, write_json, write_text
 from .cells import Cells
 from .claims import CLAIMS, Claim, Finding
 from .fit import curves
-from .records import Store
+from .records import Store, size_name
 from .report import check_alike, made_with, markdown_table
-from .studies import Against, Closing, Leak, against_default, closing, comparable, leaks
+from .studies import (
+    Against,
+    Closing,
+    Leak,
+    Learned,
+    against_default,
+    closing,
+    comparable,
+    leaks,
+    learned,
+)
 from .study_figures import plot_closing, plot_leaks
 from .variants import VARIANTS
 
@@ -48,10 +58,25 @@ at rate 0.03, and the last fifth of training under it. An interval that holds 0 
 from it.
 """
 
+_LEARNED = """\
+Every size and budget at which both were run, by the steps that the router had to learn in. Above 0,
+learned routing is better than routing by noise.
+"""
+
 _LEAK = """\
 Arms that train under top-k to the end and are then run under the running quantile. What top-k knows
 of the future is in the first loss and not in the second; so is whatever the rule gets wrong.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Studies:
+    """What `studies` finds in a store."""
+
+    closing: list[Closing]
+    against: list[Against]
+    learned: list[Learned]
+    leaks: list[Leak]
 
 
 def run_claims(asked: Claims, console: Console) -> None:
@@ -71,14 +96,15 @@ def run_claims(asked: Claims, console: Console) -> None:
     cells, over_sizes = Cells(records, reference), curves(records, reference)
     findings = [(claim, claim.test(cells, over_sizes)) for claim in CLAIMS]
     arms = comparable(cells, [arm.name for arm in VARIANTS])
-    gaps, apart = closing(cells, arms), against_default(cells, arms)
-    leaking = leaks(cells)
-    if gaps:
-        write_atomically(asked.out / "gap.png", lambda beside: plot_closing(beside, gaps))
-    if leaking:
-        write_atomically(asked.out / "leak.png", lambda beside: plot_leaks(beside, leaking))
-    write_json(asked.out / "claims.json", _record(findings, gaps, apart, leaking))
-    text = _markdown(findings, gaps, apart, leaking)
+    found = Studies(
+        closing(cells, arms), against_default(cells, arms), learned(cells), leaks(cells)
+    )
+    if found.closing:
+        write_atomically(asked.out / "gap.png", lambda beside: plot_closing(beside, found.closing))
+    if found.leaks:
+        write_atomically(asked.out / "leak.png", lambda beside: plot_leaks(beside, found.leaks))
+    write_json(asked.out / "claims.json", _record(findings, found))
+    text = _markdown(findings, found)
     made = ["## Made with", "", *made_with(records, settings)]
     write_text(asked.out / "claims.md", "\n".join([*text, *made]))
     table = Table(title="Claims", title_justify="left", box=rich.box.SIMPLE)
@@ -97,12 +123,7 @@ def _rows(findings: Sequence[tuple[Claim, Finding]]) -> list[list[str]]:
     ]
 
 
-def _markdown(
-    findings: Sequence[tuple[Claim, Finding]],
-    gaps: Sequence[Closing],
-    apart: Sequence[Against],
-    leaking: Sequence[Leak],
-) -> list[str]:
+def _markdown(findings: Sequence[tuple[Claim, Finding]], studies: Studies) -> list[str]:
     heads = ("claim", "section", "test", "numbers", "verdict")
     rows = [
         [
@@ -112,23 +133,35 @@ def _markdown(
         for claim, finding in findings
     ]
     lines = ["# The paper's claims, tested", "", *markdown_table(heads, rows), _READING]
-    if gaps:
+    if studies.closing:
         lines += ["## Closing the gap", "", "![From top-k to causal loss](gap.png)", "", _CLOSING]
         lines += markdown_table(
             ("training FLOPs", "arm", "top-k", "causal", "gap", "slots"),
-            [_closing_row(row) for row in gaps],
+            [_closing_row(row) for row in studies.closing],
         )
-    if apart:
+    if studies.against:
         lines += ["## Against the default", "", _AGAINST]
         lines += markdown_table(
             ("arm", "causal loss less that of mod", "slots"),
-            [[row.arm, row.causal.text(4), _slots(row.slots)] for row in apart],
+            [[row.arm, row.causal.text(4), _slots(row.slots)] for row in studies.against],
         )
-    if leaking:
+    if studies.learned:
+        lines += ["## What learning to route gains", "", _LEARNED]
+        lines += markdown_table(
+            ("size", "training FLOPs", "steps", "mod-random less mod, causal"),
+            [
+                [size_name(row.size), f"{row.budget:.3g}", f"{row.steps:,}", row.gain.text(4)]
+                for row in studies.learned
+            ],
+        )
+    if studies.leaks:
         lines += ["## The leak", "", "![Gap against group and layers](leak.png)", "", _LEAK]
         lines += markdown_table(
             ("arm", "varied", "value", "causal above top-k"),
-            [[row.arm, row.field, f"{row.value}", row.share.text(2, " %")] for row in leaking],
+            [
+                [row.arm, row.field, f"{row.value}", row.share.text(2, " %")]
+                for row in studies.leaks
+            ],
         )
     return lines
 
@@ -146,10 +179,7 @@ def _slots(filled: float | None) -> str:
 
 
 def _record(
-    findings: Sequence[tuple[Claim, Finding]],
-    gaps: Sequence[Closing],
-    apart: Sequence[Against],
-    leaking: Sequence[Leak],
+    findings: Sequence[tuple[Claim, Finding]], studies: Studies
 ) -> dict[str, list[dict[str, object]]]:
     return {
         "claims": [
@@ -161,7 +191,8 @@ def _record(
             }
             for claim, finding in findings
         ],
-        "closing": [dataclasses.asdict(row) for row in gaps],
-        "against_default": [dataclasses.asdict(row) for row in apart],
-        "leak": [dataclasses.asdict(row) for row in leaking],
+        "closing": [dataclasses.asdict(row) for row in studies.closing],
+        "learned": [dataclasses.asdict(row) for row in studies.learned],
+        "against_default": [dataclasses.asdict(row) for row in studies.against],
+        "leak": [dataclasses.asdict(row) for row in studies.leaks],
     }
