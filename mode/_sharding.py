@@ -81,8 +81,8 @@ def placement(
     **Returns:** a tree with a `NamedSharding` for every array and `None` for everything else, as
     `equinox.filter_shard` takes it.
 
-    **Raises:** `ValueError` for a mesh of explicit axes, an array that no rule is for, or an axis
-    that does not divide.
+    **Raises:** `ValueError` for a mesh of explicit axes or of none that the rules name, an array
+    that no rule is for, or an axis that does not divide.
 
     >>> import equinox, jax, mode
     >>> from jax.sharding import AxisType
@@ -100,6 +100,13 @@ def placement(
             f"`mesh` must have axes of type `Auto`, got {mesh.axis_types}. Pass "
             f"`axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}` to "
             "`jax.make_mesh`."
+        )
+    named = {axis for rule in rules for axes in (*rule.axes, rule.spread) for axis in _names(axes)}
+    if named and mesh.axis_names and named.isdisjoint(mesh.axis_names):
+        raise ValueError(
+            f"`mesh` must have an axis that `rules` name, {' or '.join(sorted(named))}, got only "
+            f"{' and '.join(map(str, mesh.axis_names))}: every device would hold everything. "
+            "Rename it, or put rules of your own first."
         )
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
@@ -149,8 +156,11 @@ def _spec(
 
 
 def _known(axes: MeshAxes, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    named = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return tuple(axis for axis in named if axis in mesh.axis_names)
+    return tuple(axis for axis in _names(axes) if axis in mesh.axis_names)
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def _size(axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:

@@ -218,8 +218,8 @@ def _need(module: str, extra: str, target: str) -> None:
         found = None
     if found is None:
         raise ImportError(
-            f"compiling for {target} needs {module}, which the extra `{extra}` installs: "
-            f'pip install "mode-jax[{extra}]".'
+            f"compiling for {target} needs {module}, which the extra `{extra}` installs: in a "
+            f'clone, `pip install ".[lab,{extra}]"`, or `uv run --extra lab --extra {extra} ...`.'
         )
 
 

@@ -84,7 +84,7 @@ def test_a_budget_below_two_steps_is_refused():
 
 
 def test_an_unknown_arm_is_refused():
-    with pytest.raises(ValueError, match=r"`arms` must name at least one of dense.*got nonsense"):
+    with pytest.raises(ValueError, match=r"`arms` must be one or more of dense.*got nonsense"):
         arms.arms_named(["dense", "nonsense"])
 
 
@@ -362,4 +362,4 @@ def test_no_finished_arm_is_no_report(tmp_path):
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr("mode.lab.__main__.find_spec", lambda name: None)
     assert main([]) == 2
-    assert 'pip install "mode-jax[lab]"' in capsys.readouterr().err
+    assert 'pip install ".[lab]"' in capsys.readouterr().err

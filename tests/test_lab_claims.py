@@ -216,6 +216,12 @@ def test_the_claims_of_the_fits() -> None:
     assert finding(5, worse)[1] == CONTRADICTED
     assert finding(6, worse) == (finding(6, worse)[0], CONTRADICTED)
     assert "never" in finding(6, worse)[0]
+    # MoD's smallest size, of 500 parameters and as many FLOPs, of the dense optimum's 3000.
+    assert "FLOPs: 0.17 (" in finding(6, better)[0]
+    later = [dataclasses.replace(r, run=dataclasses.replace(r.run, budget=3e8)) for r in worse]
+    partly = [*better, *later]
+    assert finding(6, partly)[1] == UNRESOLVED
+    assert "never in 2 of 4" in finding(6, partly)[0]
     outside = over_sizes("dense", 50, 2.0) + over_sizes("mod", 50, 1.9)
     assert finding(5, outside)[1] == UNRESOLVED
     assert "not bracketed" in finding(6, outside)[0]

@@ -282,7 +282,7 @@ def test_what_a_sweep_refuses(tmp_path: Path, texts: str) -> None:
         assert not (tmp_path / "new").exists()
         return str(caught.value)
 
-    assert "`arms` must name at least one of dense, mod" in refusal(arms=("best",))
+    assert "`arms` must be one or more of dense, mod" in refusal(arms=("best",))
     assert "`arms` must not repeat, got mod" in refusal(arms=("mod", "mod"))
     assert "`sizes` must not repeat, got 8x2" in refusal(sizes=("8x2", "8x2"))
     assert "`sizes` must be features and layers, such as 48x6, got '8'" in refusal(sizes=("8",))
@@ -295,5 +295,5 @@ def test_what_a_sweep_refuses(tmp_path: Path, texts: str) -> None:
     assert "`preset` must be one of cpu-hour" in refusal(
         arms=(), sizes=(), budgets=(), preset="none"
     )
-    with pytest.raises(ValueError, match=r"`mode-lab ablate` and `mode-lab train` make one"):
+    with pytest.raises(ValueError, match=r"`mode-lab ablate`, `train` and `isoflop` make one"):
         verdicts.run_claims(verdicts.Claims(tmp_path / "nowhere"), quiet())

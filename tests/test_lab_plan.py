@@ -297,7 +297,7 @@ def test_a_missing_compiler_names_its_extra(
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
     )
     assert main(["plan", "--target", "tpu:v5e:2x2"]) == 2
-    assert 'pip install "mode-jax[aot-tpu]"' in capsys.readouterr().err
+    assert 'pip install ".[lab,aot-tpu]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("share", "gib"), [(None, 59.36), ("0.9", 71.23)])

@@ -17,6 +17,8 @@ from mode.lab.arms import Size
 from mode.lab.data import Sequences, batches, read_corpus
 from mode.lab.devices import Devices
 
+from .lab import quiet, said
+
 
 OPTIMISED = True
 
@@ -28,7 +30,6 @@ NOTING = """
 import sys
 from mode.lab import data
 from mode.lab.__main__ import main
-from tests.lab import quiet, said
 
 read = data.Sequences.__getitem__
 
@@ -170,6 +171,19 @@ def test_every_device_holds_its_part_of_the_state(tmp_path: Path, texts: str) ->
     assert jax.sharding.get_abstract_mesh().empty
 
 
+def test_a_process_that_is_gone_is_told_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_join", lambda asked: None)
+    eight = Devices(data=8, processes=2, process=1, coordinator="localhost:1")
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed")
+    with (
+        pytest.raises(ConnectionError, match="process 1 failed or lost another: UNKNOWN: Gloo"),
+        devices.on(eight, batch=8),
+    ):
+        raise lost
+    with pytest.raises(jax.errors.JaxRuntimeError), devices.on(Devices(data=8), batch=8):
+        raise lost
+
+
 def test_what_devices_are_refused(
     tmp_path: Path, texts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,8 +195,11 @@ def test_what_devices_are_refused(
         return capsys.readouterr().err
 
     assert "`data` must be at least 1, got 0" in refusal("--devices.data", "0")
-    assert "`batch` must divide over the 3 devices" in refusal("--devices.data", "3")
+    three = refusal("--devices.data", "3")
+    assert "`batch` must divide over the 3 devices" in three
+    assert "The next that does is 18" in three
     assert "at most the number of devices, 8 in 1 process" in refusal("--devices.data", "16")
+    assert "--xla_force_host_platform_device_count" in refusal("--devices.data", "16")
     assert "`process` must be from 0 to 0" in refusal("--devices.process", "1")
     assert "`coordinator` must be given for 2 processes" in refusal("--devices.processes", "2")
     odd = ("--arm", ARM, "--size.experts", "3", "--size.noop", "2", "--devices.expert", "2")

@@ -14,8 +14,8 @@ def main(args: list[str] | None = None) -> int:
     ]
     if missing:
         print(
-            f"mode-lab needs {', '.join(missing)}, which the extra `lab` installs:\n"
-            '    pip install "mode-jax[lab]"',
+            f"mode-lab needs {', '.join(missing)}, which the extra `lab` installs: in a clone,\n"
+            '    pip install ".[lab]"    or    uv run --extra lab mode-lab ...',
             file=sys.stderr,
         )
         return 2
@@ -27,6 +27,10 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ConnectionError as error:
+        print(f"mode-lab: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # the usual way out waits for the process that is gone, for 100 s
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"mode-lab: {error}", file=sys.stderr)
         return 2
@@ -83,6 +87,7 @@ def _run(asked: Any, command: str) -> None:
 
     from .ablate import Ablation, report, run_ablation
     from .analyze import Analyzing, run_analysis
+    from .evidence.report import is_sweep, report as report_sweep
     from .evidence.sweep import Isoflop, run_isoflop
     from .evidence.verdicts import Claims, run_claims
     from .generate import Generating, run_generation
@@ -108,7 +113,8 @@ def _run(asked: Any, command: str) -> None:
         case Planning():
             run_planning(asked, console, command=command)
         case _:
-            report(asked.out, console)
+            again = report_sweep if is_sweep(asked.out) else report
+            again(asked.out, console)
 
 
 def _write(text: bytes) -> None:

@@ -59,7 +59,7 @@ class Ablation:
 
 @dataclasses.dataclass(frozen=True)
 class Rereport:
-    """Write the report of a finished or interrupted ablation again, without training."""
+    """Write the report of a finished or interrupted ablation or sweep again, without training."""
 
     out: Path = Path("runs/ablation")
     """The folder of the run."""

@@ -260,7 +260,6 @@ def arms_named(names: Sequence[str]) -> list[Arm]:
     unknown = sorted(set(names) - set(NAMES))
     if unknown or not names:
         raise ValueError(
-            f"`arms` must name at least one of {', '.join(NAMES)}, got "
-            f"{', '.join(unknown) or 'none'}."
+            f"`arms` must be one or more of {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}."
         )
     return [arm for arm in ARMS if arm.name in names]

@@ -69,7 +69,7 @@ def steps_for(arm: Arm, flops: float, per_step: int) -> int:
     steps = round(flops / per_step)
     if steps < 2:
         raise ValueError(
-            f"`budget` must pay for at least 2 steps of every arm, got {flops / per_step:.2f} "
-            f"steps of {arm.name!r}. Raise it."
+            f"`budget` must pay for at least 2 steps of every arm, got {flops:.3g} FLOPs, "
+            f"{flops / per_step:.2f} steps of {arm.name!r}: at least {2 * per_step:.3g} are needed."
         )
     return steps

@@ -20,13 +20,19 @@ from jaxtyping import PyTree
 import mode
 
 
+_MORE = (
+    " XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment makes eight of a CPU."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """What to train on. None of it changes what is trained, but for rounding: a run goes on over
     other devices than it began with."""
 
     data: int = 1
-    """Devices that batch and parameters are divided over."""
+    """Devices that batch and parameters are divided over. A CPU counts as one; with
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment, as eight."""
     expert: int = 1
     """Devices that the experts are divided over, each `data` times; so is the batch."""
     processes: int = 1
@@ -55,7 +61,8 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
     **Returns:** the mesh, of axes `data` and `expert`; `None` for a single device, on which nothing
     is divided.
 
-    **Raises:** `ValueError` for devices that there are not, or that the batch does not divide over.
+    **Raises:** `ValueError` for devices that there are not, or that the batch does not divide over;
+    `ConnectionError` where one of several processes is gone.
     """
     _check(devices, batch)
     several = devices.processes > 1 or devices.coordinator is not None
@@ -66,16 +73,24 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
         raise ValueError(
             f"`data` times `expert` must be {'' if several else 'at most '}the number of devices, "
             f"{len(found)} in {jax.process_count()} process(es), got {devices.data} times "
-            f"{devices.expert}."
+            f"{devices.expert}.{_MORE if jax.default_backend() == 'cpu' else ''}"
         )
-    if devices.count == 1:
-        yield None
-    else:
-        # In the order of the processes: the rows of a batch that one has are next to each other.
-        grid = np.array(found[: devices.count]).reshape(devices.data, devices.expert)
-        mesh = Mesh(grid, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-        with jax.set_mesh(mesh):
-            yield mesh
+    try:
+        if devices.count == 1:
+            yield None
+        else:
+            # In the order of the processes: the rows of a batch that one has are neighbours.
+            grid = np.array(found[: devices.count]).reshape(devices.data, devices.expert)
+            mesh = Mesh(grid, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+            with jax.set_mesh(mesh):
+                yield mesh
+    except jax.errors.JaxRuntimeError as error:
+        if not several:
+            raise
+        raise ConnectionError(
+            f"process {devices.process} failed or lost another: {error}\nStart the same command "
+            "again in all of them: the run goes on from its last checkpoint."
+        ) from error
     if several:  # not after an error: the others may never come
         jax.distributed.shutdown()
 
@@ -87,7 +102,7 @@ def _check(devices: Devices, batch: int) -> None:
     if batch % devices.count:
         raise ValueError(
             f"`batch` must divide over the {devices.count} devices, `data` times `expert`, got "
-            f"{batch}."
+            f"{batch}. The next that does is {batch + -batch % devices.count}."
         )
     if not 0 <= devices.process < devices.processes:
         raise ValueError(

@@ -71,7 +71,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(
             f"the folder of a run was expected, got {out}, which has no config.json. "
-            "`mode-lab ablate` and `mode-lab train` make one."
+            "`mode-lab ablate`, `train` and `isoflop` make one."
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(

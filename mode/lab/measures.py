@@ -171,7 +171,7 @@ def correlations(x: Float[np.ndarray, " tokens"], y: Float[np.ndarray, " tokens"
     """Pearson's and Spearman's, as a statistic of weights."""
     ranks_of_x, ranks_of_y = ranker(x), ranker(y)
 
-    def both(weight: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, "two"]:
+    def both(weight: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, "2"]:
         rank = pearson(ranks_of_x(weight), ranks_of_y(weight), weight)
         return np.stack([pearson(x, y, weight), rank])
 

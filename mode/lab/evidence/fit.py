@@ -115,11 +115,17 @@ class Curve:
         logs = np.log(np.asarray(points))
         return float(np.exp(np.interp(math.log(parameters), logs[:, 0], logs[:, 1])))
 
-    def cheapest(self, loss: float) -> tuple[float, bool] | None:
-        """The fewest forward FLOPs per token at which the fit is as low as `loss`, and whether a
-        smaller size that was measured is not; `None` where no size is."""
-        sizes = np.geomspace(self.fit.smallest, self.fit.largest, 2001)
-        reached = [size for size in sizes if self.fit.at(size) <= loss]
+    def cheapest(self, loss: float, fit: Parabola | None = None) -> tuple[float, bool] | None:
+        """The fewest forward FLOPs per token at which a fit is as low as `loss`, and whether a
+        smaller size that was measured is not; `None` where no size is.
+
+        **Arguments:**
+
+        - `fit`: one of `seeds`; by default that through all.
+        """
+        fit = self.fit if fit is None else fit
+        sizes = np.geomspace(fit.smallest, fit.largest, 2001)
+        reached = [size for size in sizes if fit.at(size) <= loss]
         if not reached:
             return None
         first = float(reached[0])

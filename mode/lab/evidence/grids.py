@@ -164,6 +164,7 @@ def _all(
 
 
 _SMALL = Size(dim=32, depth=4, heads=2)
+_TINY = Size(dim=16, depth=2, heads=1, length=32, batch=4, experts=2, noop=1)
 _LARGE = Size(dim=384, depth=12, heads=6, length=512, batch=32, dtype="bfloat16")
 
 PRESETS = {
@@ -199,17 +200,13 @@ PRESETS = {
         rates=(1e-3, 2e-3, 4e-3),
     ),
     "tiny": Preset(
-        "a minute or two, to see that everything works: its numbers mean nothing",
-        Size(dim=16, depth=2, heads=1, length=32, batch=4, experts=2, noop=1),
-        _all(
-            Size(dim=16, depth=2, heads=1, length=32, batch=4, experts=2, noop=1),
-            ("8x2", "16x2", "24x2"),
-            (2e8, 4e8),
-            deeper="16x4",
-            wider="24x2",
-            depths=(4,),
-            lengths=(16,),
-            seeds=2,
+        "some minutes, to see that everything works: its numbers mean nothing",
+        _TINY,
+        (
+            Grid(
+                _COMPARED, tuple(sized(_TINY, name) for name in ("8x2", "16x2", "24x2")), (4e8,), 2
+            ),
+            Grid(("mod-after", "mod-predictor", "moe-after", "mode-staged"), (_TINY,), (4e8,), 2),
         ),
         rates=(1e-2,),
         held_out=16,

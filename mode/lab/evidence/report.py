@@ -37,7 +37,8 @@ _READING = """\
   and is otherwise *not bracketed*: nothing is extrapolated. *Over seeds* is the standard deviation
   of the lowest points of a parabola for each seed.
 - *Misfit* is the furthest that the mean over seeds at a size lies from the parabola. Where it is as
-  large as a difference between arms, the parabola cannot resolve that difference.
+  large as a difference between arms, the parabola cannot resolve that difference. Three sizes have
+  none: a parabola goes through any three points.
 - *As dense's optimum, at* is the smallest share of the forward FLOPs of the dense optimum at which
   the arm's parabola is as low as that optimum; with "at most" where that is the smallest size run.
 - Steps are the budget over the FLOPs of a step's loss and gradient, counted on the traced program;
@@ -69,6 +70,14 @@ def report(out: Path, console: Console) -> None:
         console.print("No arm has three sizes at one budget yet: nothing to fit.", highlight=False)
     write_text(out / "report.md", _markdown(records, found, settings, store.failures()))
     console.print(f"{len(records)} runs: see {out / 'report.md'}.", highlight=False)
+
+
+def is_sweep(out: Path) -> bool:
+    """Whether a folder is one of `mode-lab isoflop`.
+
+    **Raises:** `ValueError` where there is no run.
+    """
+    return "reference" in read_settings(out)
 
 
 def check_alike(records: Sequence[Record], settings: dict[str, Any], out: Path) -> None:
@@ -103,7 +112,7 @@ def _rows(found: Sequence[Curve]) -> list[list[str]]:
                 "not bracketed" if lowest is None else f"{lowest:,.0f}",
                 "-" if curve.lowest is None else f"{curve.lowest:.4f}",
                 "-" if spread is None else f"{spread:.4f}",
-                f"{curve.misfit:.4f}",
+                f"{curve.misfit:.4f}" if sizes > 3 else "-",
                 "-" if lowest is None else f"{curve.forward_flops(lowest):,.0f}",
                 _cheapest(curve, dense),
             ]
@@ -212,6 +221,9 @@ def made_with(records: Sequence[Record], settings: dict[str, Any]) -> list[str]:
     }
     whole = seconds["training"] + seconds["evaluating"]
     lines = []
+    if records:
+        steps = [record.steps for record in records]
+        lines += [f"- {len(records)} runs of {min(steps):,} to {max(steps):,} steps"]
     if whole:
         lines += [
             f"- {whole / 3600:.2f} hours of runs; {seconds['waiting'] / whole:.1%} of it waiting "

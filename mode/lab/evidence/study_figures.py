@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from ..plots import COLOURS, INK
 from .studies import Closing, Leak
@@ -79,6 +80,10 @@ def plot_leaks(path: Path, rows: Sequence[Leak]) -> None:
             )
         if field == "length":
             axes.set_xscale("log", base=2)
+        values = sorted({row.value for row in rows if row.field == field})
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlabel(title)
         axes.set_ylabel("causal above top-k loss, %")

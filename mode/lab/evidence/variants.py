@@ -119,7 +119,7 @@ def variants_named(names: Sequence[str]) -> list[Arm]:
     unknown = sorted(set(names) - _BY_NAME.keys())
     if unknown or not names:
         raise ValueError(
-            f"`arms` must name at least one of {', '.join(_BY_NAME)}, got "
+            f"`arms` must be one or more of {', '.join(_BY_NAME)}, got "
             f"{', '.join(unknown) or 'none'}."
         )
     check_once("arms", names)

@@ -1,7 +1,7 @@
 """The command `mode-lab claims`: what a store says of each claim, of the gap and of the leak."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import rich.box
@@ -14,7 +14,7 @@ from .cells import Cells
 from .claims import CLAIMS, Claim, Finding
 from .fit import curves
 from .records import Store, size_name
-from .report import check_alike, made_with, markdown_table
+from .report import check_alike, is_sweep, made_with, markdown_table
 from .studies import (
     Against,
     Closing,
@@ -43,13 +43,15 @@ Intervals in brackets are Student's, of confidence 0.95, for the mean of differe
 one seed and budget. A verdict is *reproduced* where the interval lies on the claim's side,
 *contradicted* where it lies on the other side, and otherwise *not resolved at this scale*. Seeds
 differ in parameters, data order and random routing; the text, the code and the small scale are the
-same in all of them, so no interval speaks about other texts or larger models. With many claims, one
-in twenty such intervals misses by chance.
+same in all of them, so no interval speaks about other texts or larger models. Runs of several
+budgets count as so many differences though they share their seeds; where budgets stand apart, read
+each by itself. With many claims, one in twenty such intervals misses by chance.
 """
 
 _CLOSING = """\
-Every arm spent equal training FLOPs. *Slots* are those filled per token under the causal rule;
-top-k fills the capacity. A rule that fills more spends more, and its loss is no fair win.
+All arms at one size, {size}, and equal training FLOPs, from the lowest causal loss to the highest.
+*Slots* are those filled per token under the causal rule; top-k fills the capacity. A rule that
+fills more spends more, and its loss is no fair win. Whiskers are standard deviations over seeds.
 """
 
 _AGAINST = """\
@@ -66,13 +68,20 @@ learned routing is better than routing by noise.
 _LEAK = """\
 Arms that train under top-k to the end and are then run under the running quantile. What top-k knows
 of the future is in the first loss and not in the second; so is whatever the rule gets wrong.
+Whiskers are standard deviations over seeds, brackets intervals for the mean.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Studies:
-    """What `studies` finds in a store."""
+    """What `studies` finds in a store.
 
+    **Attributes:**
+
+    - `size`: the reference, at which arms are compared.
+    """
+
+    size: str
     closing: list[Closing]
     against: list[Against]
     learned: list[Learned]
@@ -85,7 +94,7 @@ def run_claims(asked: Claims, console: Console) -> None:
     **Raises:** `ValueError` where there is no store, or one whose records cannot be compared.
     """
     settings = read_settings(asked.out)
-    if "reference" not in settings:
+    if not is_sweep(asked.out):
         raise ValueError(
             f"`out` must be a folder of `mode-lab isoflop`, got {asked.out}, of another command."
         )
@@ -97,7 +106,11 @@ def run_claims(asked: Claims, console: Console) -> None:
     findings = [(claim, claim.test(cells, over_sizes)) for claim in CLAIMS]
     arms = comparable(cells, [arm.name for arm in VARIANTS])
     found = Studies(
-        closing(cells, arms), against_default(cells, arms), learned(cells), leaks(cells)
+        size_name(reference),
+        closing(cells, arms),
+        against_default(cells, arms),
+        learned(cells),
+        leaks(cells),
     )
     if found.closing:
         write_atomically(asked.out / "gap.png", lambda beside: plot_closing(beside, found.closing))
@@ -105,6 +118,8 @@ def run_claims(asked: Claims, console: Console) -> None:
         write_atomically(asked.out / "leak.png", lambda beside: plot_leaks(beside, found.leaks))
     write_json(asked.out / "claims.json", _record(findings, found))
     text = _markdown(findings, found)
+    names = {record.run.arm for record in records}
+    text += ["## The arms", "", *_arms(names), ""]
     made = ["## Made with", "", *made_with(records, settings)]
     write_text(asked.out / "claims.md", "\n".join([*text, *made]))
     table = Table(title="Claims", title_justify="left", box=rich.box.SIMPLE)
@@ -114,6 +129,10 @@ def run_claims(asked: Claims, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(f"See {asked.out / 'claims.md'}.", highlight=False)
+
+
+def _arms(names: Container[str]) -> list[str]:
+    return [f"- `{arm.name}`: {arm.description}" for arm in VARIANTS if arm.name in names]
 
 
 def _rows(findings: Sequence[tuple[Claim, Finding]]) -> list[list[str]]:
@@ -134,7 +153,8 @@ def _markdown(findings: Sequence[tuple[Claim, Finding]], studies: Studies) -> li
     ]
     lines = ["# The paper's claims, tested", "", *markdown_table(heads, rows), _READING]
     if studies.closing:
-        lines += ["## Closing the gap", "", "![From top-k to causal loss](gap.png)", "", _CLOSING]
+        lines += ["## Closing the gap", "", "![From top-k to causal loss](gap.png)", ""]
+        lines += [_CLOSING.format(size=studies.size)]
         lines += markdown_table(
             ("training FLOPs", "arm", "top-k", "causal", "gap", "slots"),
             [_closing_row(row) for row in studies.closing],
@@ -169,7 +189,7 @@ def _markdown(findings: Sequence[tuple[Claim, Finding]], studies: Studies) -> li
 def _closing_row(row: Closing) -> list[str]:
     return [
         *(f"{row.budget:.3g}", row.arm, f"{row.top_k.mean:.4f}", f"{row.causal.mean:.4f}"),
-        row.gap.text(4),
+        "-" if row.gap.low == row.gap.high == 0 else row.gap.text(4),
         _slots(None if row.compute is None else row.compute.mean),
     ]
 
