@@ -122,6 +122,14 @@ def test_parameters_are_divided() -> None:
     assert mirrored.experts.up.weight.spec == moe.experts.up.weight.spec
 
 
+def test_a_mesh_of_other_axes_is_refused() -> None:
+    mesh = mesh_of({"model": 8})
+    with pytest.raises(ValueError, match=r"`mesh` must have an axis `data`.* got only model"):
+        mode.placement(build("dense"), mesh)
+    own = (mode.Rule(r"embedding", ("model",)), mode.Rule(""))
+    assert mode.placement(build("dense"), mesh, own).embedding.spec == PartitionSpec("model")
+
+
 def test_rules_of_one_s_own_come_first() -> None:
     mesh = mesh_of({"data": 8})
     rules = (mode.Rule("embedding", (None, "data")), *mode.PARAMETERS)
