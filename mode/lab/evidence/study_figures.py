@@ -41,6 +41,7 @@ def plot_closing(path: Path, rows: Sequence[Closing]) -> None:
                     fontsize=7,
                     color=INK,
                 )
+        axes.set_ylim(len(here) - most - 0.6, len(here) - 0.4)
         axes.set_yticks(range(len(here)), [row.arm for row in reversed(here)], fontsize=8)
         axes.set_xlabel("bits per byte: top-k (ring), causal (dot)")
         axes.set_title(f"{budget:.3g} training FLOPs", loc="left", fontsize=10, color=INK)
