@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 
 from mode.lab.evidence.cells import Cells
-from mode.lab.evidence.claims import CLAIMS, accuracy
+from mode.lab.evidence.claims import CLAIMS
+from mode.lab.evidence.findings import accuracy
 from mode.lab.evidence.fit import Parabola, curves
 from mode.lab.evidence.grids import sized
 from mode.lab.evidence.records import Mark, Record

@@ -1,33 +1,18 @@
-"""The paper's claims that can be tested at a small scale: each a function of what a store holds.
-
-A verdict is by Student's interval of confidence 0.95 of a mean over seeds and budgets, runs paired
-by both: *reproduced* where it lies on the claim's side, *contradicted* where it lies on the other,
-and otherwise *not resolved at this scale*.
-"""
+"""The paper's claims that can be tested at a small scale, each with its test."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
 
-from ..arms import Size
-from .cells import Cell, Cells, gap_per_cent, top_k
-from .fit import Curve, Parabola
-from .records import Mark
-from .statistics import CONTRADICTED, REPRODUCED, UNRESOLVED, Spread, Verdict
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What became of a claim.
-
-    **Attributes:**
-
-    - `numbers`: means, intervals and counts, in words.
-    - `verdict`: what follows; `None` where the runs are not there.
-    """
-
-    numbers: str
-    verdict: Verdict | None
+from .findings import (
+    Test,
+    best_capacity,
+    better,
+    costs,
+    deeper_than_wider,
+    forward_share,
+    gap,
+    optimum,
+    predictor_accuracy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,245 +30,7 @@ class Claim:
     statement: str
     source: str
     how: str
-    test: Callable[[Cells, Sequence[Curve]], Finding]
-
-
-_MISSING = Finding("the runs are not there", None)
-
-
-def _better(one: str, other: str) -> Callable[..., Finding]:
-    """`one` has a lower loss than `other`, at the reference."""
-
-    def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
-        del curves
-        size = cells.reference
-        found = cells.paired((one, size), (other, size))
-        if found is None:
-            return _MISSING
-        each = _by_budget(cells, (one, size), (other, size))
-        return Finding(f"{other} less {one}: {found.text(4)} bits per byte; {each}", found.above())
-
-    return test
-
-
-def _by_budget(cells: Cells, one: Cell, other: Cell) -> str:
-    parts = []
-    for budget in cells.budgets:
-        found = cells.paired(one, other, budget=budget)
-        if found is not None:
-            parts.append(f"{found.text(4)} at {budget:.3g}")
-    return ", ".join(parts)
-
-
-def _capacity(cells: Cells, curves: Sequence[Curve]) -> Finding:
-    """The reference's capacity against every other that was run."""
-    del curves
-    others = [size for size in cells.sizes("mod", capacity=None) if size != cells.reference]
-    if not others or not cells.at("mod"):
-        return _MISSING
-    parts, verdicts = [], []
-    for size in sorted(others, key=lambda size: size.capacity):
-        found = cells.paired(("mod", cells.reference), ("mod", size))
-        if found is not None:
-            parts.append(f"{size.capacity:g}: {found.text(4)}")
-            verdicts.append(found.above())
-    best = REPRODUCED if all(one == REPRODUCED for one in verdicts) else UNRESOLVED
-    verdict = CONTRADICTED if CONTRADICTED in verdicts else best
-    return Finding(f"loss less that at {cells.reference.capacity:g}: {'; '.join(parts)}", verdict)
-
-
-def _optimum(better: str, worse: str) -> Callable[..., Finding]:
-    """The lowest points of the parabolas of each seed, in per cent of the second arm's."""
-
-    def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
-        del cells
-        pairs = _both(curves, worse, better)
-        if pairs is None:
-            return _MISSING
-        differences, parts, of = [], [], 0
-        for base, other in pairs:
-            both = list(zip(base.seeds, other.seeds, strict=False))
-            of_budget = [
-                100 * (1 - two.at(two.lowest) / one.at(one.lowest))
-                for one, two in both
-                if one.lowest is not None and two.lowest is not None
-            ]
-            differences += of_budget
-            of += len(both)
-            if of_budget:
-                parts.append(f"{sum(of_budget) / len(of_budget):+.2f} % at {base.budget:.3g}")
-        if not differences:
-            return Finding("no optimum of both arms is bracketed by the sizes run", UNRESOLVED)
-        found = Spread.of(differences)
-        text = f"{better} below {worse}: {found.text(2, ' %')} of its loss; {', '.join(parts)}"
-        return Finding(text + _usable(len(differences), of), found.above())
-
-    return test
-
-
-def _both(curves: Sequence[Curve], one: str, other: str) -> list[tuple[Curve, Curve]] | None:
-    """Two arms' curves of each budget."""
-    by_name = {(curve.arm, curve.budget): curve for curve in curves}
-    budgets = sorted({curve.budget for curve in curves})
-    found = [
-        (by_name[one, budget], by_name[other, budget])
-        for budget in budgets
-        if (one, budget) in by_name and (other, budget) in by_name
-    ]
-    return found or None
-
-
-def _forward(cells: Cells, curves: Sequence[Curve]) -> Finding:
-    """The smallest share of the dense optimum's forward FLOPs at which MoD is as good, by seed."""
-    del cells
-    pairs = _both(curves, "dense", "mod")
-    if pairs is None:
-        return _MISSING
-    shares, parts, of = [], [], 0
-    for dense, routed in pairs:
-        both = list(zip(dense.seeds, routed.seeds, strict=False))
-        found = [
-            share for one, other in both if (share := _share(dense, one, routed, other)) is not None
-        ]
-        shares += found
-        of += len(both)
-        mean = f"{sum(found) / len(found):.2f}" if found else "dense optimum not bracketed"
-        parts.append(f"{mean} at {dense.budget:.3g}")
-    each = "; ".join(parts)
-    if not shares:
-        return Finding(each, UNRESOLVED)
-    if math.inf in shares:
-        never = shares.count(math.inf)
-        verdict = CONTRADICTED if never == len(shares) else UNRESOLVED
-        return Finding(f"never in {never} of {len(shares)} pairs of fits; {each}", verdict)
-    spread = Spread.of(shares)
-    share = spread.text(2).replace("+", "")
-    text = f"share of the dense optimum's forward FLOPs: {share}; {each}"
-    return Finding(text + _usable(len(shares), of), spread.below(1.0))
-
-
-def _share(dense: Curve, one: Parabola, routed: Curve, other: Parabola) -> float | None:
-    """Of one seed; at most so much where MoD's smallest size is as good, and infinite where none
-    is. `None` where the dense optimum is not bracketed."""
-    if one.lowest is None:
-        return None
-    found = routed.cheapest(one.at(one.lowest), other)
-    return math.inf if found is None else found[0] / dense.forward_flops(one.lowest)
-
-
-def _usable(used: int, of: int) -> str:
-    """Which pairs of fits an interval is from."""
-    return "" if used == of else f"; {of - used} of {of} pairs of fits not bracketed"
-
-
-def _depth(cells: Cells, curves: Sequence[Curve]) -> Finding:
-    """Of two models beyond the reference, the deeper and the wider one."""
-    del curves
-    beyond = [
-        size
-        for size in cells.sizes("mod", dim=None, depth=None, heads=None)
-        if size != cells.reference
-    ]
-    deeper = [size for size in beyond if size.dim == cells.reference.dim]
-    wider = [size for size in beyond if size.depth == cells.reference.depth]
-    pairs = [(one, other) for one in deeper for other in wider if _alike(cells, one, other)]
-    if not pairs:
-        return _MISSING
-    one, other = pairs[0]
-    found = cells.paired(("mod", one), ("mod", other))
-    if found is None:
-        return _MISSING
-    costs = [next(iter(cells.at("mod", size).values())).forward_flops for size in (one, other)]
-    text = (
-        f"{other.dim}x{other.depth} less {one.dim}x{one.depth}: {found.text(4)} bits per byte, at "
-        f"{costs[1] / costs[0]:.2f} of its forward FLOPs"
-    )
-    return Finding(text, found.above())
-
-
-def _alike(cells: Cells, deeper: Size, wider: Size) -> bool:
-    """Whether the two cost the same, within a tenth, and more than the reference."""
-    costs = []
-    for size in (deeper, wider, cells.reference):
-        found = cells.at("mod", size)
-        if not found:
-            return False
-        costs.append(next(iter(found.values())).forward_flops)
-    return abs(costs[0] / costs[1] - 1) < 0.1 and min(costs[:2]) > costs[2]
-
-
-def accuracy(mark: Mark, share: float) -> float | None:
-    """How often a rule says what top-k does, from its precision and recall.
-
-    **Arguments:**
-
-    - `share`: of the tokens that top-k takes.
-    """
-    if mark.precision is None or mark.recall is None:
-        return None
-    right = mark.recall * share
-    wrong = right * (1 / mark.precision - 1) if mark.precision > 0 else (mark.compute or 0.0)
-    return 1 - wrong - (share - right)
-
-
-def _accuracy(cells: Cells, curves: Sequence[Curve]) -> Finding:
-    """At the marks of the predictor's runs."""
-    del curves
-    runs = list(cells.at("mod-predictor").values())
-    if not runs:
-        return _MISSING
-
-    def at(place: int) -> list[float]:
-        found = []
-        for record in runs:
-            marks = [*record.marks, record.end]
-            value = accuracy(marks[min(place, len(marks) - 1)], record.compute_top_k or 0.0)
-            found += [] if value is None else [100 * value]
-        return found
-
-    end = Spread.of(at(10**6))
-    places = [(0, "after an eighth"), (3, "after half")]
-    parts = [f"{sum(at(place)) / len(runs):.1f} % {when}" for place, when in places]
-    precision, recall = (
-        sum(getattr(record.end, name) for record in runs) / len(runs)
-        for name in ("precision", "recall")
-    )
-    trivial = 100 * (1 - (runs[0].compute_top_k or 0.0))
-    text = (
-        f"accuracy {', '.join(parts)}, {end.text(1, ' %')} at the end (saying never: "
-        f"{trivial:.1f} %); precision {precision:.2f}, recall {recall:.2f}"
-    )
-    return Finding(text, end.above(97.0))
-
-
-def _costs(arm: str, low: float, high: float) -> Callable[..., Finding]:
-    """What an auxiliary loss adds to the loss under top-k, in per cent, against none."""
-
-    def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
-        del curves
-        size = cells.reference
-        found = cells.paired(("mod-after", size), (arm, size), top_k, per_cent=True)
-        if found is None:
-            return _MISSING
-        outside = found.low > high or found.high < low
-        inside = low <= found.low and found.high <= high
-        verdict = CONTRADICTED if outside else REPRODUCED if inside else UNRESOLVED
-        return Finding(f"{arm} less mod-after: {found.text(2, ' %')} of the top-k loss", verdict)
-
-    return test
-
-
-def _gap(arm: str, most: float) -> Callable[..., Finding]:
-    """How much higher the causal loss of an arm is than its top-k loss, in per cent."""
-
-    def test(cells: Cells, curves: Sequence[Curve]) -> Finding:
-        del curves
-        found = cells.within((arm, cells.reference), gap_per_cent)
-        if found is None:
-            return _MISSING
-        return Finding(f"{found.text(2, ' %')} of the top-k loss", found.below(most))
-
-    return test
+    test: Test
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -291,102 +38,102 @@ CLAIMS: tuple[Claim, ...] = (
         "Learned routing beats routing by noise",
         "4.1, fig. 3",
         "mod against mod-random at one size, causal loss",
-        _better("mod", "mod-random"),
+        better("mod", "mod-random"),
     ),
     Claim(
         "Learned routing beats routing by noise, each at its best size",
         "4.1, fig. 3",
         "lowest points of the fits over sizes, seed by seed, causal loss",
-        _optimum("mod", "mod-random"),
+        optimum("mod", "mod-random"),
     ),
     Claim(
         "Routing by noise is worse than the dense model, each at its best size",
         "4.1, fig. 3",
         "lowest points of the fits over sizes, seed by seed, causal loss",
-        _optimum("dense", "mod-random"),
+        optimum("dense", "mod-random"),
     ),
     Claim(
         "Routing every other block is crucial, against every block",
         "4.1",
         "mod against mod-every, causal loss",
-        _better("mod", "mod-every"),
+        better("mod", "mod-every"),
     ),
     Claim(
         "A capacity of 12.5 % is the best",
         "4.1",
         "mod at that capacity against each other one, causal loss",
-        _capacity,
+        best_capacity,
     ),
     Claim(
         "At equal training FLOPs, the best MoD model beats the best dense one",
         "abstract, 4.1, fig. 4",
         "lowest points of the fits over sizes, seed by seed, causal loss",
-        _optimum("mod", "dense"),
+        optimum("mod", "dense"),
     ),
     Claim(
         "MoD is as good as the best dense model at fewer FLOPs per forward pass",
         "abstract, 4.1, fig. 4",
         "where MoD's fit over sizes first reaches the lowest point of the dense one, seed by seed",
-        _forward,
+        forward_share,
     ),
     Claim(
         "The FLOPs saved are better spent on depth than on width",
         "4.1",
         "mod, a deeper against a wider model of about equal forward FLOPs",
-        _depth,
+        deeper_than_wider,
     ),
     Claim(
         "A predictor says with an accuracy of at least 97 % what top-k takes",
         "3.5, 4.2, fig. 6",
         "mod-predictor at the hidden states of its top-k run, held out",
-        _accuracy,
+        predictor_accuracy,
     ),
     Claim(
         "The predictor costs nothing under top-k",
         "3.5",
         "mod-predictor against mod-after, which has none; within 0.1 %",
-        _costs("mod-predictor", -0.1, 0.1),
+        costs("mod-predictor", -0.1, 0.1),
     ),
     Claim(
         "Cross entropy on the router costs 0.2 to 0.3 % under top-k",
         "3.5",
         "mod-bce-0.1 against mod-after; the paper gives no weight",
-        _costs("mod-bce-0.1", 0.2, 0.3),
+        costs("mod-bce-0.1", 0.2, 0.3),
     ),
     Claim(
         "Going from top-k to the predictor costs little: less than 0.3 %",
         "4.2, fig. 6",
         "causal against top-k loss of mod-predictor; the bound is ours, the paper prints none",
-        _gap("mod-predictor", 0.3),
+        gap("mod-predictor", 0.3),
     ),
     Claim(
         "With a predictor, causally, MoD is still better than the dense model",
         "4.2, fig. 6",
         "mod-predictor against dense at one size and equal training FLOPs",
-        _better("mod-predictor", "dense"),
+        better("mod-predictor", "dense"),
     ),
     Claim(
         "MoD and MoE compound: staged MoDE beats MoE",
         "4.3, fig. 7",
         "mode-staged against moe, causal loss",
-        _better("mode-staged", "moe"),
+        better("mode-staged", "moe"),
     ),
     Claim(
         "MoD and MoE compound: staged MoDE beats MoD",
         "4.3, fig. 7",
         "mode-staged against mod, causal loss",
-        _better("mode-staged", "mod"),
+        better("mode-staged", "mod"),
     ),
     Claim(
         "Integrated MoDE beats lowering the capacity of experts",
         "4.3",
         "mode-integrated against moe-reduced, of equal slots, causal loss",
-        _better("mode-integrated", "moe-reduced"),
+        better("mode-integrated", "moe-reduced"),
     ),
     Claim(
         "The raw weight of equation 1 trains better than its sigmoid (a question, not a claim)",
         "3.4, 3.5",
         "mod against mod-sigmoid, causal loss",
-        _better("mod", "mod-sigmoid"),
+        better("mod", "mod-sigmoid"),
     ),
 )

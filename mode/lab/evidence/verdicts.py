@@ -11,7 +11,8 @@ from rich.table import Table
 from ..arms import Size
 from ..files import read_settings, write_atomically, write_json, write_text
 from .cells import Cells
-from .claims import CLAIMS, Claim, Finding
+from .claims import CLAIMS, Claim
+from .findings import Finding
 from .fit import curves
 from .records import Store, size_name
 from .report import check_alike, is_sweep, made_with, markdown_table
