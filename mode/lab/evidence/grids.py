@@ -72,7 +72,7 @@ class Preset:
 
 
 def sized(reference: Size, name: str) -> Size:
-    """The reference with other features and layers, a head for every 16 features or so.
+    """The reference with other features and layers, and heads of its size.
 
     **Raises:** `ValueError` for anything but two numbers, such as `48x6`.
     """
@@ -80,7 +80,8 @@ def sized(reference: Size, name: str) -> Size:
     if found is None:
         raise ValueError(f"`sizes` must be features and layers, such as 48x6, got {name!r}.")
     dim, depth = int(found[1]), int(found[2])
-    return dataclasses.replace(reference, dim=dim, depth=depth, heads=max(1, dim // 16))
+    heads = max(1, dim * reference.heads // reference.dim)
+    return dataclasses.replace(reference, dim=dim, depth=depth, heads=heads)
 
 
 def of_length(reference: Size, length: int) -> Size:
