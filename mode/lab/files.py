@@ -13,7 +13,8 @@ from typing import Any
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write` to a file beside `path`, then move it there. A partial file never has the name."""
-    beside = path.with_name(f".{path.name}.part")
+    # Of this process alone: two commands that share a folder may end together.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     write(beside)
     with open(beside, "rb") as file:
         os.fsync(file.fileno())
