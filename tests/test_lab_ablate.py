@@ -255,7 +255,7 @@ def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(texts, tm
     assert not (out / "arms" / "mod.json").exists(), "killed too late to show anything"
     kept = record.stat().st_mtime_ns, record.read_bytes()
     # What a kill in the middle of a write leaves behind.
-    (out / "arms" / ".mod.json.part").write_text('{"name": "mo')
+    (out / "arms" / ".mod.json.7.part").write_text('{"name": "mo')
 
     with running(*command) as second:
         printed, errors = second.communicate(timeout=240)
@@ -350,7 +350,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         files.write_atomically(path, broken)
     assert json.loads(path.read_text()) == {"old": 1}
-    assert os.listdir(tmp_path) == sorted([".record.json.part", "record.json"])
+    assert os.listdir(tmp_path) == sorted([f".record.json.{os.getpid()}.part", "record.json"])
 
 
 def test_no_finished_arm_is_no_report(tmp_path):
