@@ -104,7 +104,7 @@ def placement(
     named = {axis for rule in rules for axes in (*rule.axes, rule.spread) for axis in _names(axes)}
     if mesh.axis_names and {*_BATCH, *named}.isdisjoint(mesh.axis_names):
         raise ValueError(
-            f"`mesh` must have an axis `data`, `expert` or one that `rules` name, got only "
+            "`mesh` must have an axis `data`, `expert` or one that `rules` name, got only "
             f"{' and '.join(map(str, mesh.axis_names))}: every device would hold everything. "
             "Rename it, or put rules of your own first."
         )

@@ -14,7 +14,7 @@ from mode.lab.evidence.fit import Parabola, curves
 from mode.lab.evidence.grids import sized
 from mode.lab.evidence.records import Mark, Record
 from mode.lab.evidence.statistics import CONTRADICTED, REPRODUCED, UNRESOLVED, Spread
-from mode.lab.evidence.studies import against_default, closing, comparable, learned
+from mode.lab.evidence.studies import against_default, closing, comparable, leaks, learned
 from tests.records import REFERENCE, made_up
 
 
@@ -236,6 +236,16 @@ def test_the_claims_about_noise_over_sizes(number: int, better: str) -> None:
         assert finding(number, [*dense, *random, *over_sizes(better, 1200, height)])[1] == verdict
 
 
+def test_fits_are_paired_by_their_seeds() -> None:
+    """A seed that one arm lacks pairs with nothing, not with the next."""
+    dense = over_sizes("dense", 1500, 2.0, seeds=3)
+    mod = [record for record in over_sizes("mod", 1200, 1.9, seeds=3) if record.run.seed > 0]
+    numbers, verdict = finding(5, [*dense, *mod])
+    shares = [1 - (1.9 + 0.01 * seed) / (2.0 + 0.01 * seed) for seed in (1, 2)]
+    assert f"{100 * sum(shares) / 2:+.2f} %" in numbers
+    assert verdict == REPRODUCED
+
+
 def test_the_claim_of_depth() -> None:
     deeper = dataclasses.replace(REFERENCE, depth=4)
     wider = dataclasses.replace(REFERENCE, dim=24)
@@ -303,6 +313,21 @@ def test_the_gap_is_ranked_by_causal_loss_with_what_was_spent() -> None:
     assert rows[1].gap.mean == pytest.approx(0.1)
     assert rows[1].compute is not None
     assert rows[1].compute.mean == 0.125
+
+
+def test_the_leak_is_by_group_and_by_layers() -> None:
+    short = dataclasses.replace(REFERENCE, length=16, batch=4)
+    deep = dataclasses.replace(REFERENCE, depth=6)
+    records = [made_up("mod-after", 2.0, gap=0.02, seed=seed) for seed in range(2)]
+    records += [made_up("mod-after", 2.0, gap=0.2, size=short, seed=seed) for seed in range(2)]
+    records += [made_up("mod-after", 2.0, gap=0.1, size=deep)]
+    found = {(row.field, row.value): row.share.mean for row in leaks(Cells(records, REFERENCE))}
+    assert found == {
+        ("length", 16): pytest.approx(100 * 0.2 / 1.8),
+        ("length", 32): pytest.approx(100 * 0.02 / 1.98),
+        ("depth", 2): pytest.approx(100 * 0.02 / 1.98),
+        ("depth", 6): pytest.approx(100 * 0.1 / 1.9),
+    }
 
 
 def test_arms_are_held_against_the_default_seed_by_seed() -> None:

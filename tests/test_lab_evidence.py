@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mode.lab.__main__ import main
 from mode.lab.data import read_corpus
 from mode.lab.evidence import sweep as sweeping, verdicts
 from mode.lab.evidence.claims import CLAIMS
@@ -223,6 +224,10 @@ def test_a_sweep_from_its_first_run_to_the_verdicts(tmp_path: Path, texts: str) 
     assert {row["arm"] for row in found["closing"]} == {"dense"}
     assert "**not run**" in (out / "claims.md").read_text()
     assert (out / "gap.png").read_bytes().startswith(b"\x89PNG")
+    # The report alone, without the claims.
+    (out / "report.md").unlink()
+    assert main(["report", "--out", str(out)]) == 0
+    assert "| 2e+08 | dense | 3 x 1 |" in (out / "report.md").read_text()
     with pytest.raises(ValueError, match=r"same configuration, got .*\n.*held_out: 4 there, 8 ask"):
         run_isoflop(isoflop(out, texts, held_out=8), quiet())
     # A record of another text.

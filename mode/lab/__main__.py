@@ -90,6 +90,7 @@ def _run(asked: Any, command: str) -> None:
     from .evidence.report import is_sweep, report as report_sweep
     from .evidence.sweep import Isoflop, run_isoflop
     from .evidence.verdicts import Claims, run_claims
+    from .files import read_settings
     from .generate import Generating, run_generation
     from .plan import Planning, run_planning
     from .run import Training, run_training
@@ -113,7 +114,7 @@ def _run(asked: Any, command: str) -> None:
         case Planning():
             run_planning(asked, console, command=command)
         case _:
-            again = report_sweep if is_sweep(asked.out) else report
+            again = report_sweep if is_sweep(read_settings(asked.out)) else report
             again(asked.out, console)
 
 

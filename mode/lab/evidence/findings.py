@@ -86,7 +86,7 @@ def optimum(lower: str, higher: str) -> Test:
             return _MISSING
         differences, parts, of = [], [], 0
         for base, other in pairs:
-            both = list(zip(base.seeds, other.seeds, strict=False))
+            both = _fits(base, other)
             of_budget = [
                 100 * (1 - two.at(two.lowest) / one.at(one.lowest))
                 for one, two in both
@@ -117,6 +117,12 @@ def _both(curves: Sequence[Curve], one: str, other: str) -> list[tuple[Curve, Cu
     return found or None
 
 
+def _fits(one: Curve, other: Curve) -> list[tuple[Parabola, Parabola]]:
+    """Two curves' fits of each seed that both have."""
+    first, second = one.by_seed, other.by_seed
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+
+
 def forward_share(cells: Cells, curves: Sequence[Curve]) -> Finding:
     """The smallest share of the dense optimum's forward FLOPs at which MoD is as good, by seed."""
     del cells
@@ -125,7 +131,7 @@ def forward_share(cells: Cells, curves: Sequence[Curve]) -> Finding:
         return _MISSING
     shares, parts, of = [], [], 0
     for dense, routed in pairs:
-        both = list(zip(dense.seeds, routed.seeds, strict=False))
+        both = _fits(dense, routed)
         found = [
             share for one, other in both if (share := _share(dense, one, routed, other)) is not None
         ]

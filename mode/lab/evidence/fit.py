@@ -100,6 +100,13 @@ class Curve:
         return float(np.std(found, ddof=1)) if len(found) > 1 else None
 
     @property
+    def by_seed(self) -> dict[int, Parabola]:
+        """The fits of `seeds`, by seed."""
+        return dict(
+            zip(sorted({record.run.seed for record in self.records}), self.seeds, strict=False)
+        )
+
+    @property
     def misfit(self) -> float:
         """The furthest that the mean over seeds at a size lies from the parabola through all."""
         sizes: dict[int, list[float]] = {}

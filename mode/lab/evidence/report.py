@@ -72,12 +72,9 @@ def report(out: Path, console: Console) -> None:
     console.print(f"{len(records)} runs: see {out / 'report.md'}.", highlight=False)
 
 
-def is_sweep(out: Path) -> bool:
-    """Whether a folder is one of `mode-lab isoflop`.
-
-    **Raises:** `ValueError` where there is no run.
-    """
-    return "reference" in read_settings(out)
+def is_sweep(settings: dict[str, Any]) -> bool:
+    """Whether they are those of a folder of `mode-lab isoflop`."""
+    return "reference" in settings
 
 
 def check_alike(records: Sequence[Record], settings: dict[str, Any], out: Path) -> None:

@@ -7,7 +7,7 @@ spends stands beside its loss.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..arms import Size
 from .cells import Cells, causal, gap_per_cent, top_k
@@ -52,8 +52,13 @@ def closing(cells: Cells, arms: Sequence[str]) -> list[Closing]:
 
 def _row(arm: str, budget: float, records: Sequence[Record]) -> Closing:
     top, low, gap = (Spread.of([value(one) for one in records]) for value in (top_k, causal, _gap))
-    computes = [one.end.compute for one in records if one.end.compute is not None]
-    return Closing(arm, budget, top, low, gap, Spread.of(computes) if computes else None)
+    return Closing(arm, budget, top, low, gap, _filled(records))
+
+
+def _filled(records: Iterable[Record]) -> Spread | None:
+    """Slots per token, causally; `None` where nothing is routed."""
+    found = [one.end.compute for one in records if one.end.compute is not None]
+    return Spread.of(found) if found else None
 
 
 def _at(cells: Cells, arm: str, budget: float) -> list[Record]:
@@ -83,9 +88,8 @@ def against_default(cells: Cells, arms: Sequence[str]) -> list[Against]:
         apart = cells.paired(("mod", cells.reference), (arm, cells.reference))
         if arm == "mod" or apart is None:
             continue
-        filled = [record.end.compute for record in cells.at(arm).values()]
-        known = [one for one in filled if one is not None]
-        found.append(Against(arm, apart, sum(known) / len(known) if known else None))
+        filled = _filled(cells.at(arm).values())
+        found.append(Against(arm, apart, None if filled is None else filled.mean))
     return sorted(found, key=lambda row: row.causal.mean)
 
 
@@ -110,12 +114,11 @@ def learned(cells: Cells) -> list[Learned]:
     """Of every size in features and layers at which both were run, by steps."""
     found = []
     for size in cells.sizes("mod", dim=None, depth=None, heads=None):
-        for budget in sorted({spent for spent, _ in cells.at("mod", size)}):
+        steps = {budget: record.steps for (budget, _), record in cells.at("mod", size).items()}
+        for budget in sorted(steps):
             gain = cells.paired(("mod", size), ("mod-random", size), budget=budget)
             if gain is not None:
-                runs = cells.at("mod", size).items()
-                steps = next(record.steps for (spent, _), record in runs if spent == budget)
-                found.append(Learned(size, budget, steps, gain))
+                found.append(Learned(size, budget, steps[budget], gain))
     return sorted(found, key=lambda row: row.steps)
 
 

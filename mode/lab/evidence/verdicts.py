@@ -95,7 +95,7 @@ def run_claims(asked: Claims, console: Console) -> None:
     **Raises:** `ValueError` where there is no store, or one whose records cannot be compared.
     """
     settings = read_settings(asked.out)
-    if not is_sweep(asked.out):
+    if not is_sweep(settings):
         raise ValueError(
             f"`out` must be a folder of `mode-lab isoflop`, got {asked.out}, of another command."
         )
