@@ -52,15 +52,16 @@ def measure(name: str, tiny: bool) -> None:
     preset = PRESETS[name]
     size = dataclasses.replace(preset.size, **TINY, kv_heads=None) if tiny else preset.size
     (arm,) = arms_named([preset.arm])
-    state = begin(arm, size, Recipe(), steps=1000, seed=0)
+    state = begin(arm, size, Recipe(), seed=0)
     tokens = jax.random.randint(jax.random.key(1), (size.batch, size.length + 1), 0, size.vocab)
     sample = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
     step = make_step(arm, Recipe())
+    rate = jnp.asarray(1e-3)
     best = ceiling(512 if tiny else 8192)
 
     def once() -> jax.Array:
         nonlocal state
-        state, health = step(sample, state)
+        state, health = step((sample, rate), state)
         return health.loss
 
     seconds = median_seconds(once, STEPS)
@@ -89,7 +90,7 @@ if __name__ == "__main__":
         "import jax; print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}', flush=True)"
     )
     subprocess.run([sys.executable, "-c", about], check=True)
-    print("| model | parameters | ms / step | FLOPs | FLOP/s | product | share | peak memory |")
+    print("| model | parameters | ms / step | FLOPs | FLOP/s | product | of it | peak memory |")
     print("|---" * 8 + "|", flush=True)
     tiny = ["--tiny"] if asked.tiny else []
     for name in asked.models:

@@ -105,7 +105,7 @@ def torch_call(
 
 def jax_block(dim: int) -> mode.TransformerBlock:
     key = jax.random.key(0)
-    feedforward = mode.PositionWise(mode.GELU(dim, key=key))
+    feedforward = mode.PositionWise(mode.GELUFeedForward(dim, key=key))
     return mode.TransformerBlock(dim, HEADS, feedforward=feedforward, key=key)
 
 

@@ -1,11 +1,12 @@
 """Decoding: a model with every other layer routed at capacity 0.125 against the dense one.
 
-Same depth, width and, for routed layers, caches of `LIMIT` of the tokens. Routing is what a running
-quantile makes of hidden states, its rate set to the trained share: demand is uneven, over time and
-members, as it is in use. A step computes attention over all slots of a cache, filled or not, so
-that its time does not depend on how far the text has come: prompts are short here. In the worst
-case every member wants every block at every step. Where the caches of both models would not fit
-into `--gigabytes`, several query heads share a key-value head; the table says how many there are.
+Both have the same depth and width; caches of routed layers hold `MAX_CAPACITY` of the tokens.
+Tokens are routed by running quantiles of the router's scores, which select the trained fraction of
+them: unevenly over time and sequences, as in use. A step computes attention over all slots of a
+cache, filled or not, so that its time does not depend on the length of the text: prompts are short
+here. In the worst case every sequence is routed to every block in every step. Where the caches of
+both models would not fit into `--gigabytes`, query heads share key-value heads; the table says how
+many there are.
 
     python benchmarks/decode.py
 """
@@ -22,14 +23,14 @@ import timing
 import mode
 
 
-VOCAB, DIM, DEPTH, HEADS, CAPACITY, LIMIT = 256, 512, 8, 8, 0.125, 0.1875
+VOCAB, DIM, DEPTH, HEADS, CAPACITY, MAX_CAPACITY = 256, 512, 8, 8, 0.125, 0.1875
 PROMPT, STEPS = 16, 8
-WORST_UP_TO = 32  # members
+WORST_UP_TO = 32  # sequences
 FASTER, MEMORY, WORST, DRIFT = 1.75, 0.6, 1.15, 1.1
 
 
 def decoder(kv_heads: int, *, routed: bool) -> mode.Transformer:
-    return mode.mod_decoder(
+    return mode.mod_transformer(
         VOCAB,
         DIM,
         DEPTH,
@@ -42,25 +43,32 @@ def decoder(kv_heads: int, *, routed: bool) -> mode.Transformer:
 
 
 def calibrated(model: mode.Transformer, text: jax.Array) -> mode.Transformer:
-    """The causal model whose running quantiles are those of this text: the share of its tokens that
-    enter a block is the trained one, spread over time and members as it comes."""
-    model = mode.update_state(model, eqx.filter_jit(model)(text)[1])
-    return mode.unrolled(mode.causal(model, limit=LIMIT))
+    """The causal model whose running quantiles are those of this text, so that a routed layer
+    selects the trained fraction of its tokens."""
+    model = mode.update_router_state(model, eqx.filter_jit(model)(text)[1])
+    return mode.unstack_layers(mode.make_causal(model, max_capacity=MAX_CAPACITY))
 
 
-def all_want(model: mode.Transformer) -> mode.Transformer:
-    """Every member wants every block at every step."""
+def select_all(model: mode.Transformer) -> mode.Transformer:
+    """The model in which every token is routed to every block."""
     return mode.map_routers(
         lambda r: eqx.tree_at(lambda r: r.state.threshold, r, r.state.threshold - 1e9), model
     )
 
 
 @eqx.filter_jit(donate="all-except-first")
-def read_on(kept: tuple[mode.Transformer, jax.Array], decoding: mode.Decoding) -> mode.Decoding:
+def read_steps(
+    kept: tuple[mode.Transformer, jax.Array], state: mode.DecodeState
+) -> tuple[mode.DecodeState, jax.Array]:
+    """Decode steps on given tokens, and how many tokens each of them selected."""
     model, tokens = kept
-    return jax.lax.scan(
-        lambda decoding, token: (mode.step(model, decoding, token), None), decoding, tokens.T
-    )[0]
+
+    def one(state: mode.DecodeState, token: jax.Array) -> tuple[mode.DecodeState, jax.Array]:
+        state, routings = mode.decode_step(model, state, token)
+        counts = [routing.num_filled.sum() for routing in routings]
+        return state, jax.numpy.stack(counts).sum() if counts else jax.numpy.zeros((), int)
+
+    return jax.lax.scan(one, state, tokens.T)
 
 
 class Run:
@@ -69,17 +77,27 @@ class Run:
     def __init__(self, model: mode.Transformer, text: jax.Array, cache: int):
         self.model = model
         self.text = text
-        self.decoding = mode.prefill(model, text[:, :PROMPT], max_tokens=cache)
-        self.place = PROMPT
+        self.state, _ = mode.prefill(model, text[:, :PROMPT], max_tokens=cache)
+        self.position = PROMPT
+        self.selected: list[jax.Array] = []
 
     def __call__(self) -> None:
-        tokens = self.text[:, self.place : self.place + STEPS]
-        self.place += STEPS
-        self.decoding = jax.block_until_ready(read_on((self.model, tokens), self.decoding))
+        tokens = self.text[:, self.position : self.position + STEPS]
+        self.position += STEPS
+        result = jax.block_until_ready(read_steps((self.model, tokens), self.state))
+        self.state, selected = result
+        self.selected.append(selected)
 
     @property
     def memory(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.decoding.caches))
+        """Bytes of the caches."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.caches))
+
+    @property
+    def realised_capacity(self) -> float:
+        """The fraction of the tokens that a routed layer selected."""
+        tokens = self.text.shape[0] * STEPS * len(self.selected) * DEPTH // 2
+        return float(sum(selected.sum() for selected in self.selected) / tokens)
 
 
 def fitting_kv_heads(kv_heads: int, batch: int, cache: int, gigabytes: float) -> int:
@@ -113,16 +131,16 @@ def measure(kv_heads: int, batch: int, cache: int, rounds: int) -> bool:
     dense, routed = calibrated(dense, text), calibrated(routed, text)
     runs = {"dense": Run(dense, text, cache), "routed": Run(routed, text, cache)}
     if batch <= WORST_UP_TO:
-        runs["worst"] = Run(all_want(routed), text, cache)
+        runs["worst"] = Run(select_all(routed), text, cache)
     medians = timing.take_turns(runs, rounds)
-    share = np.mean([found.share.mean() for found in mode.entered(routed, runs["routed"].decoding)])
+    capacity = runs["routed"].realised_capacity
     faster = medians["dense"] / medians["routed"]
     memory = runs["routed"].memory / runs["dense"].memory
     worst = medians["worst"] / medians["dense"] if "worst" in runs else 0
     print(
         f"| {kv_heads} | {cache} | {batch} | {medians['dense'] * 1e3 / STEPS:.2f} ms "
         f"| {medians['routed'] * 1e3 / STEPS:.2f} ms | **{faster:.2f}** | {memory:.3f} "
-        f"| {share:.3f} | {f'{worst:.2f}' if worst else '-'} |",
+        f"| {capacity:.3f} | {f'{worst:.2f}' if worst else '-'} |",
         flush=True,
     )
     return faster >= FASTER and memory <= MEMORY and worst <= WORST
@@ -138,9 +156,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     timing.header()
     began = time.perf_counter()
-    print(
-        "| kv heads | cache | batch | dense step | routed step | faster | memory | share | worst |"
-    )
+    print("| kv heads | cache | batch | dense | routed | faster | memory | capacity | worst |")
     print("|---" * 9 + "|")
     held = [
         measure(

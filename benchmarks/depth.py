@@ -22,7 +22,7 @@ LIMITS = {"forward+backward": 1.10, "forward": 1.30}
 def measure(shape: tuple[int, int, int]) -> bool:
     _, tokens, dim = shape
     keys = jax.random.split(jax.random.key(0), 3)
-    feedforward = mode.PositionWise(mode.GELU(dim, key=keys[0]))
+    feedforward = mode.PositionWise(mode.GELUFeedForward(dim, key=keys[0]))
     block = mode.TransformerBlock(dim, HEADS, feedforward=feedforward, key=keys[0])
     dense = mode.Residual(block)
     routed = mode.MixtureOfDepths(block, dim, CAPACITY, key=keys[1])

@@ -16,6 +16,10 @@ import mode
 BATCH, TOKENS, DIM, EXPERTS = 8, 512, 256, 8
 
 
+def make_expert(key: jax.Array) -> mode.GELUFeedForward:
+    return mode.GELUFeedForward(DIM, key=key)
+
+
 def routed(layer: mode.MixtureOfExperts, x: jax.Array) -> jax.Array:
     return layer(x)[0]
 
@@ -35,18 +39,22 @@ def one_hot(layer: mode.MixtureOfExperts, x: jax.Array) -> jax.Array:
     return jnp.einsum("gect,gec,egcd->gtd", dispatch, routing.weight, updates)
 
 
-def dense(feedforward: mode.GELU, x: jax.Array) -> jax.Array:
+def dense(feedforward: mode.GELUFeedForward, x: jax.Array) -> jax.Array:
     return feedforward(x)
 
 
 def time_layer() -> bool:
     keys = jax.random.split(jax.random.key(0), 3)
     layer = mode.MixtureOfExperts(
-        lambda key: mode.GELU(DIM, key=key), DIM, EXPERTS, capacity_factor=1.0, key=keys[0]
+        lambda key: mode.GELUFeedForward(DIM, key=key),
+        DIM,
+        EXPERTS,
+        capacity_factor=1.0,
+        key=keys[0],
     )
     x = jax.random.normal(keys[1], (BATCH, TOKENS, DIM))
     slots = x.reshape(EXPERTS, -1, DIM)
-    feedforward = mode.GELU(DIM, key=keys[2])
+    feedforward = mode.GELUFeedForward(DIM, key=keys[2])
     held = True
     for kind in ("forward+backward", "forward"):
         gradient = timing.with_gradient if kind == "forward+backward" else lambda f: f
@@ -66,24 +74,19 @@ def time_layer() -> bool:
 
 
 def count_noop_flops() -> bool:
-    """No-ops cost nothing: XLA's count with them against the real experts' share without."""
+    """No-ops cost nothing: XLA's count with them against that of the real experts alone."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[1], (BATCH, TOKENS, DIM))
     held = True
     print("\nXLA's count of FLOPs, forward, integrated MoDE against its real experts alone")
     for num_noop in (0, 2, 8):
         layer = mode.MixtureOfExperts(
-            lambda key: mode.GELU(DIM, key=key),
-            DIM,
-            EXPERTS,
-            num_noop=num_noop,
-            capacity_factor=0.75,
-            key=keys[0],
+            make_expert, DIM, EXPERTS, num_noop=num_noop, capacity_factor=0.75, key=keys[0]
         )
         slots = x.reshape(EXPERTS, -1, DIM)[:, : BATCH * layer(x)[1][0].index.shape[-1]]
         ratio = timing.compiled(routed, layer, x).flops / timing.compiled(bare, layer, slots).flops
         held &= ratio < 1.03
-        print(f"  {num_noop} no-op experts: {ratio:6.3f} x (limit 1.03, the router's share)")
+        print(f"  {num_noop} no-op experts: {ratio:6.3f} x (limit 1.03, the router's part)")
     return held
 
 

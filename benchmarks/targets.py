@@ -23,7 +23,7 @@ import mode
 
 TARGET, AXES = "tpu:v5e:4x4", {"data": 4, "expert": 4}
 DIM, VOCAB, TOKENS, BATCH, HEADS = 512, 1024, 512, 32, 8
-WHOLE = (mode.Rule(r"\.experts\b", ("expert",)), mode.Rule(""))
+WHOLE = (mode.ShardingRule("experts", ("expert",)), mode.ShardingRule(None))
 LIMIT = 1.03
 
 
@@ -31,16 +31,16 @@ def block(key: jax.Array) -> mode.TransformerBlock:
     return mode.TransformerBlock(DIM, HEADS, key=key)
 
 
-def expert(key: jax.Array) -> mode.SwiGLU:
-    return mode.SwiGLU(DIM, key=key)
+def expert(key: jax.Array) -> mode.SwiGLUFeedForward:
+    return mode.SwiGLUFeedForward(DIM, key=key)
 
 
 KINDS: dict[str, Callable[[jax.Array], Any]] = {
     "dense": lambda key: mode.Residual(block(key)),
     "MoD": lambda key: mode.MixtureOfDepths(block(key), DIM, 0.125, key=key),
-    "MoE": lambda key: mode.integrated_mode(expert, DIM, HEADS, 8, 0, key=key),
-    "staged": lambda key: mode.staged_mode(expert, DIM, HEADS, 8, capacity=0.125, key=key),
-    "integrated": lambda key: mode.integrated_mode(expert, DIM, HEADS, 8, 4, key=key),
+    "MoE": lambda key: mode.integrated_mode_layer(expert, DIM, HEADS, 8, 0, key=key),
+    "staged": lambda key: mode.staged_mode_layer(expert, DIM, HEADS, 8, capacity=0.125, key=key),
+    "integrated": lambda key: mode.integrated_mode_layer(expert, DIM, HEADS, 8, 4, key=key),
 }
 
 
@@ -49,7 +49,7 @@ def forward(model: mode.Transformer, tokens: jax.Array) -> jax.Array:
 
 
 def gradient(model: mode.Transformer, tokens: jax.Array) -> Any:
-    parameters, rest = eqx.partition(model, mode.trainable(model))
+    parameters, rest = eqx.partition(model, mode.is_trainable(model))
 
     def loss(parameters: Any) -> jax.Array:
         logits = forward(eqx.combine(parameters, rest), tokens)
@@ -65,21 +65,21 @@ def measure(name: str, title: str, function: Callable[..., Any]) -> bool:
         lambda: mode.Transformer(VOCAB, DIM, layers, key=jax.random.key(0))
     )
     tokens = jax.ShapeDtypeStruct((BATCH, TOKENS + 1), jnp.int32)
-    found = mode.testing.compiles_for(
-        TARGET, function, model, tokens, axes=AXES, rules=[WHOLE, mode.BATCH]
+    compiled = mode.aot.compile_for(
+        TARGET, function, model, tokens, axes=AXES, rules=[WHOLE, mode.BATCH_RULES]
     )
-    ideal = mode.count_flops(function, model, tokens).total / found.devices
-    assert found.flops is not None
-    ratio = found.flops / ideal
-    kinds = sorted({one.kind for one in found.collectives})
+    ideal = mode.count_flops(function, model, tokens).total / compiled.devices
+    assert compiled.flops is not None
+    ratio = compiled.flops / ideal
+    kinds = sorted({one.kind for one in compiled.collectives})
     moved = ", ".join(
-        f"{found.count(kind)} {kind} "
-        f"({sum(one.bytes for one in found.collectives if one.kind == kind) / 1e6:.1f} MB)"
+        f"{compiled.count(kind)} {kind} "
+        f"({sum(one.bytes for one in compiled.collectives if one.kind == kind) / 1e6:.1f} MB)"
         for kind in kinds
     )
     print(
-        f"| {name} | {title} | {found.flops / 1e9:.1f} G | {ratio:.3f} "
-        f"| {found.temporary_bytes / 1e6:.0f} MB | {moved or 'nothing'} |",
+        f"| {name} | {title} | {compiled.flops / 1e9:.1f} G | {ratio:.3f} "
+        f"| {compiled.temporary_bytes / 1e6:.0f} MB | {moved or 'nothing'} |",
         flush=True,
     )
     return ratio <= LIMIT

@@ -1,4 +1,4 @@
-"""One set of weights under several rules: how much does the choice of tokens decide?"""
+"""Run one set of weights under several selectors: how much depends on which tokens are selected?"""
 
 import equinox as eqx
 import jax
@@ -8,12 +8,12 @@ import mode
 
 
 model_key, tokens_key, noise_key = jax.random.split(jax.random.key(0), 3)
-model = mode.mod_decoder(256, 64, depth=4, num_heads=4, capacity=0.25, key=model_key)
+model = mode.mod_transformer(256, 64, depth=4, num_heads=4, capacity=0.25, key=model_key)
 tokens = jax.random.randint(tokens_key, (2, 64), 0, 256)
 learned, routings = model(tokens)
 
 for select in (mode.Strided(), mode.RandomChoice(), mode.Replay(routings[0])):
-    # A stack's one router stands for all its layers, so a recorded routing replays on all of them.
+    # The one router of a stack has the leaves of all its layers, and so has its recorded routing.
     arm = mode.map_routers(lambda r, s=select: eqx.tree_at(lambda r: r.select, r, s), model)
     logits, _ = arm(tokens, key=noise_key)
     change = jnp.abs(logits - learned).mean() / jnp.abs(learned).mean()

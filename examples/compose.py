@@ -1,4 +1,4 @@
-"""Put a router around a module of your own, and look at what it decided."""
+"""Put a router around a module of your own, and read its decisions."""
 
 import equinox as eqx
 import jax
@@ -8,7 +8,7 @@ import mode
 
 
 class Mixer(eqx.Module):
-    """Any module of one sequence, [tokens, dim], that has its own skip connection."""
+    """A module of one sequence, [tokens, dim], that has its own skip connection."""
 
     linear: eqx.nn.Linear
 

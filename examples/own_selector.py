@@ -1,6 +1,6 @@
-"""A selector of your own: one class with two methods joins every layer, loss, metric and test."""
+"""Write a selector of your own: one class with one method joins every layer, loss and metric."""
 
-from fractions import Fraction
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -9,29 +9,31 @@ import jax.numpy as jnp
 import mode
 
 
-class Periodic(mode.AbstractTokenwise):
-    """Every so many tokens, whatever they are. Each token asks for itself, so nothing looks ahead;
-    the base class seats those that ask, in time order, as long as there are slots."""
+class Periodic(mode.AbstractTokenSelector):
+    """Requests every `period`-th token, whatever it is.
+
+    Each token decides for itself, so the rule is causal; the base class gives slots to the tokens
+    that request one, in time order, as long as there are any.
+    """
 
     period: int = eqx.field(static=True)
+    max_capacity: ClassVar[mode.Capacity | None] = None  # the layer's own capacity
 
-    def share(self, fraction: Fraction) -> Fraction:
-        return fraction  # as many slots as the layer's capacity says
-
-    def asks(self, request: mode.Request) -> jax.Array:
-        place = jnp.cumsum(request.valid, axis=-1) - 1
-        return jnp.repeat((place % self.period == 0)[..., None], request.num_experts, axis=-1)
+    def requested_mask(self, inputs: mode.RoutingInputs) -> jax.Array:
+        rank = jnp.cumsum(inputs.valid, axis=-1) - 1
+        return jnp.repeat((rank % self.period == 0)[..., None], inputs.num_experts, axis=-1)
 
 
-block_key, router_key = jax.random.split(jax.random.key(0))
+block_key, router_key, x_key = jax.random.split(jax.random.key(0), 3)
 block = mode.TransformerBlock(32, num_heads=4, key=block_key)
 layer = mode.MixtureOfDepths(block, 32, capacity=0.25, key=router_key)
 layer = eqx.tree_at(lambda m: m.router.select, layer, Periodic(4))
 
-mode.testing.assert_static_shapes(layer, tokens=(16, 64), dim=32)
-mode.testing.assert_exact_capacity(layer, dim=32)
-mode.testing.assert_residual_identity(layer, dim=32)
-mode.testing.assert_causal(layer, dim=32)
-mode.testing.assert_router_gradients(layer, dim=32)
-_, (routing,) = layer(jnp.ones((1, 16, 32)))
-print("took", routing.index[0, 0].tolist(), "and passed every check")
+x = jax.random.normal(x_key, (2, 16, 32))
+mode.testing.assert_static_shapes(layer, x)
+mode.testing.assert_exact_capacity(layer, x)
+mode.testing.assert_residual_identity(layer, x)
+mode.testing.assert_causal(layer, x)
+mode.testing.assert_router_gradients(layer, x)
+_, (routing,) = layer(x)
+print("selected", routing.index[0, 0].tolist(), "and passed every check")

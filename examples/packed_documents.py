@@ -1,4 +1,4 @@
-"""Packed documents and padding: what a document gets does not depend on what it is packed with."""
+"""Pack documents and padding: the result of a document does not depend on its neighbours."""
 
 import jax
 import jax.numpy as jnp

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 
@@ -19,14 +20,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-# How this process compiled, last of all.
+# How this process compiled last.
 _compiled_quickly = [False]
+
+
+def _is_quick(module: object) -> bool:
+    """Whether a file says `QUICK = True`."""
+    return getattr(module, "QUICK", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs files that compile alike one after the other: they may share programs."""
+    items.sort(key=lambda item: not _is_quick(getattr(item, "module", None)))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile quickly, but for files that say `OPTIMISED = True`: what they test depends on it."""
-    quick = not getattr(request.module, "OPTIMISED", False)
+    """Compiles as users do, unless a file says `QUICK = True`.
+
+    Fusion changes the last bits of numbers. So claims of equal bits, of causality and of decoding
+    are tested with it; files of errors, shapes and tolerances may leave it out and compile faster.
+    """
+    quick = _is_quick(request.module)
     if quick != _compiled_quickly[-1]:
         jax.clear_caches()  # another file may have compiled the same programs the other way
         _compiled_quickly.append(quick)
@@ -36,12 +51,22 @@ def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     _drop_programs()
 
 
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """Turns off the suite's type hook, which would raise first: users do not have it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def _drop_programs() -> None:
-    """Forget compiled programs where they take half the memory mappings that a process may have:
-    the compiler crashes when there are no more."""
-    maps, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-    if maps.exists() and limit.exists():
+    """Drops compiled programs that take half of the memory mappings which a process may have.
+
+    The compiler crashes when there are no more.
+    """
+    maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if maps.exists() and most.exists():
         with maps.open() as lines:
             count = sum(1 for _ in lines)
-        if 2 * count > int(limit.read_text()):
+        if 2 * count > int(most.read_text()):
             jax.clear_caches()

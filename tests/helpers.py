@@ -1,4 +1,4 @@
-"""What several test files share: seeds, tolerances, and small layers to test."""
+"""Seeds, tolerances, small inputs, and the weights of layers as the oracle reads them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,8 @@ import mode
 from tests import reference as ref
 
 
-# Relative and absolute, per dtype of the result: the one place where tolerances are set.
-TOLERANCE = {
-    "float64": 1e-9,
-    "float32": 2e-5,
-    "float16": 4e-3,
-    "bfloat16": 3e-2,
-}
+# Relative and absolute, per dtype of the result. No other file sets a tolerance.
+TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def assert_close(actual: PyTree, expected: PyTree, *, scale: float = 1.0) -> None:
@@ -31,12 +26,12 @@ def assert_close(actual: PyTree, expected: PyTree, *, scale: float = 1.0) -> Non
     actual_leaves, actual_tree = jax.tree.flatten(actual)
     expected_leaves, expected_tree = jax.tree.flatten(expected)
     assert actual_tree == expected_tree
-    for one, other in zip(actual_leaves, expected_leaves, strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        assert one.shape == other.shape, (one.shape, other.shape)
-        tolerance = scale * TOLERANCE.get(str(one.dtype), 0)
+    for leaf, target in zip(actual_leaves, expected_leaves, strict=True):
+        leaf, target = np.asarray(leaf), np.asarray(target)
+        assert leaf.shape == target.shape, (leaf.shape, target.shape)
+        tolerance = scale * TOLERANCE.get(str(leaf.dtype), 0)
         np.testing.assert_allclose(
-            one.astype(np.float64), other.astype(np.float64), rtol=tolerance, atol=tolerance
+            leaf.astype(np.float64), target.astype(np.float64), rtol=tolerance, atol=tolerance
         )
 
 
@@ -52,7 +47,7 @@ def rng(seed: int) -> np.random.Generator:
 
 
 def f64(values: ArrayLike) -> ref.Floats:
-    """What the oracle takes: the numbers of an array, in float64."""
+    """The numbers of an array in float64, as the oracle reads them."""
     return np.asarray(values).astype(np.float64)
 
 
@@ -77,23 +72,41 @@ def packed_info(*documents: tuple[int, ...], tokens: int) -> mode.TokenInfo:
 
 
 def oracle_router(router: mode.Router) -> ref.Floats:
-    """The scorer's weights as the oracle has them, `[choices, dim]`."""
+    """The scorer's weights, transposed to `[choices, dim]`."""
+    assert isinstance(router.scorer, mode.Linear)
     return f64(router.scorer.weight).T
 
 
-def oracle_experts(experts: mode.GELU | mode.SwiGLU) -> list[Callable[[ref.Floats], ref.Floats]]:
-    """Stacked experts as one function of `[..., dim]` each."""
+def oracle_experts(experts: object) -> list[Callable[[ref.Floats], ref.Floats]]:
+    """Stacked feed-forwards as one function of `[..., dim]` each."""
+    assert isinstance(experts, mode.GELUFeedForward | mode.SwiGLUFeedForward)
     count = experts.up.weight.shape[0]
     return [oracle_function(jax.tree.map(lambda leaf, e=e: leaf[e], experts)) for e in range(count)]
 
 
-def oracle_function(function: mode.GELU | mode.SwiGLU) -> Callable[[ref.Floats], ref.Floats]:
+def oracle_function(
+    function: mode.GELUFeedForward | mode.SwiGLUFeedForward,
+) -> Callable[[ref.Floats], ref.Floats]:
     """A feed-forward with its weights, as a NumPy function of `[..., dim]`."""
     up, down = f64(function.up.weight), f64(function.down.weight)
-    if isinstance(function, mode.GELU):
+    if isinstance(function, mode.GELUFeedForward):
         return lambda x: ref.gelu_feedforward(x, up, down)
     gate = f64(function.gate.weight)
     return lambda x: ref.swiglu_feedforward(x, gate, up, down)
+
+
+def oracle_projections(attention: mode.Attention) -> list[ref.Floats]:
+    """The weights of queries, keys and values, each `[dim, heads * head_dim]`."""
+    size = attention.out.weight.shape[0] // attention.num_heads
+    ends = [attention.num_heads * size, (attention.num_heads + attention.num_kv_heads) * size]
+    return np.split(f64(attention.qkv.weight), ends, axis=1)
+
+
+def oracle_options(attend: Callable[..., Any]) -> ref.AttentionOptions:
+    """What a `CausalAttention` does to its scores."""
+    assert isinstance(attend, mode.CausalAttention)
+    scoring = attend.scoring
+    return ref.AttentionOptions(scoring.scale, scoring.soft_cap, scoring.window, scoring.alibi)
 
 
 def oracle_block(
@@ -101,16 +114,15 @@ def oracle_block(
 ) -> ref.Block:
     """A transformer block with its weights, as the oracle's `(x, positions, segment_ids)`.
 
-    `feedforward` stands in for one that is not position-wise.
+    `feedforward` replaces one that is not position-wise.
     """
     attention = block.attention
     if feedforward is None:
-        feedforward = oracle_function(block.feedforward.function)
-    heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    size = attention.out.weight.shape[0] // heads
-    w_q, w_k, w_v = np.split(
-        f64(attention.qkv.weight), [heads * size, (heads + kv_heads) * size], 1
-    )
+        assert isinstance(block.feedforward, mode.PositionWise)
+        function = block.feedforward.function
+        assert isinstance(function, mode.GELUFeedForward | mode.SwiGLUFeedForward)
+        feedforward = oracle_function(function)
+    w_q, w_k, w_v = oracle_projections(attention)
     params = ref.BlockParams(
         norm1=f64(block.attention_norm.weight),
         w_q=w_q,
@@ -119,9 +131,10 @@ def oracle_block(
         w_o=f64(attention.out.weight),
         norm2=f64(block.feedforward_norm.weight),
         feedforward=feedforward,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
         theta=attention.rope_theta,
+        options=oracle_options(attention.attend),
     )
     return lambda x, positions, segments: ref.transformer_block_delta(
         x, params, positions, segments

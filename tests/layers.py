@@ -21,8 +21,8 @@ DIM, TOKENS, GROUPS, VOCAB = 16, 32, 8, 32
 class Case:
     """One layer of the table.
 
-    `bound` says that its routing is bound to the shape of the input: random numbers are drawn by
-    shape and a record is replayed on the groups it was made on, so `vmap` is not the batch.
+    With `bound`, its routing depends on the shape of the input: random numbers are drawn by shape
+    and a record is replayed on the groups it was made on, so `vmap` is not the batch.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Case:
 
 
 class Blend(eqx.Module):
-    """A small block of a user's own: each token gets the running mean of those before it, mapped.
+    """A small block of a user's own: each token gets a weighted sum of those before it, mapped.
 
-    It looks at positions and segments, so that a layer which mixes these up is found out.
+    It reads positions and segments, so that the tests see a layer which mixes them up.
     """
 
     inner: mode.Linear
@@ -72,8 +72,8 @@ def transformer_block(key: PRNGKeyArray, **options: Any) -> mode.TransformerBloc
     return mode.TransformerBlock(DIM, 2, key=key, **options)
 
 
-def expert(key: PRNGKeyArray) -> mode.GELU:
-    return mode.GELU(DIM, DIM, key=key)
+def expert(key: PRNGKeyArray) -> mode.GELUFeedForward:
+    return mode.GELUFeedForward(DIM, DIM, key=key)
 
 
 def depth(
@@ -101,10 +101,10 @@ def predicted(key: PRNGKeyArray, **options: Any) -> mode.MixtureOfDepths:
     return depth(layer_key, predictor=mode.Predictor(DIM, key=predictor_key), **options)
 
 
-def stack(key: PRNGKeyArray, **options: Any) -> mode.Stack:
-    """Layers of a decoder, dense and routed in turns, scanned over."""
-    makers = mode.every_other(lambda key: mode.Residual(Blend(key)), depth, options.pop("depth", 4))
-    return mode.Transformer(VOCAB, DIM, makers, key=key, **options).stacks[0]
+def stack(key: PRNGKeyArray, *, repeats: int = 2, remat: bool = False) -> mode.LayerStack:
+    """A period of a dense and a routed layer, scanned over."""
+    period = [lambda key: mode.Residual(Blend(key)), depth]
+    return mode.stack_layers(period, repeats, remat=remat, key=key)
 
 
 CASES = [
@@ -115,29 +115,29 @@ CASES = [
     Case("moe_token_choice", lambda key: experts(key, select=mode.TokenChoice(2))),
     Case("moe_noop", lambda key: experts(key, num_noop=2)),
     Case("moe_noop_top_1", lambda key: experts(key, num_noop=2, select=mode.TokenChoice(1))),
-    Case("moe_shared_sigmoid", lambda key: experts(key, num_shared=2, gate=mode.Sigmoid())),
+    Case("moe_shared_sigmoid", lambda key: experts(key, num_shared=2, gate=mode.SigmoidGate())),
     Case(
         "moe_selected_softmax",
-        lambda key: experts(key, gate=mode.SelectedSoftmax(), select=mode.TokenChoice(2)),
+        lambda key: experts(key, gate=mode.SelectedSoftmaxGate(), select=mode.TokenChoice(2)),
     ),
     Case("moe_strided", lambda key: experts(key, select=mode.Strided())),
-    Case("moe_by_logit", lambda key: experts(key, select=mode.Threshold(mode.ByLogit(), 0.5))),
+    Case("moe_by_logit", lambda key: experts(key, select=mode.LogitThreshold(0.5))),
     Case("mod", lambda key: depth(key, functools.partial(transformer_block, num_kv_heads=1))),
     Case("mod_own_block", lambda key: depth(key)),
     Case("mod_delta", lambda key: depth(key, lambda k: mode.Delta(Skipping(k)))),
     Case("mod_random", lambda key: depth(key, select=mode.RandomChoice()), bound=True),
-    Case("mod_strided", lambda key: depth(key, select=mode.Strided(), gate=mode.Sigmoid(2.0))),
-    Case("mod_tanh", lambda key: depth(key, gate=mode.Tanh())),
+    Case("mod_strided", lambda key: depth(key, select=mode.Strided(), gate=mode.SigmoidGate(2.0))),
+    Case("mod_tanh", lambda key: depth(key, gate=mode.TanhGate())),
     Case("mod_replay", replayed, bound=True),
     Case("mod_predictor", predicted),
-    Case("mod_by_quantile", lambda key: depth(key, select=mode.Threshold())),
-    Case("mod_by_logit", lambda key: depth(key, select=mode.Threshold(mode.ByLogit(), 0.5))),
+    Case("mod_by_quantile", lambda key: depth(key, select=mode.QuantileThreshold())),
+    Case("mod_by_logit", lambda key: depth(key, select=mode.LogitThreshold(0.5))),
     Case(
         "mod_by_predictor",
-        lambda key: predicted(key, select=mode.Threshold(mode.ByPredictor(), limit=None)),
+        lambda key: predicted(key, select=mode.PredictorThreshold(max_capacity=None)),
     ),
-    Case("staged", lambda key: mode.staged_mode(expert, DIM, 2, 2, capacity=0.5, key=key)),
-    Case("integrated", lambda key: mode.integrated_mode(expert, DIM, 2, 3, 1, key=key)),
+    Case("staged", lambda key: mode.staged_mode_layer(expert, DIM, 2, 2, capacity=0.5, key=key)),
+    Case("integrated", lambda key: mode.integrated_mode_layer(expert, DIM, 2, 3, 1, key=key)),
     Case("reduced", lambda key: mode.reduced_capacity_moe(expert, DIM, 2, 3, 1, key=key)),
     Case("stack", lambda key: stack(key)),
     Case("stack_remat", lambda key: stack(key, remat=True)),
@@ -169,7 +169,7 @@ def run(
 
 @functools.cache
 def expected(case: Case) -> PyTree:
-    """What the layer of a case makes of `hidden()`: `(hidden, routings)`."""
+    """The result of the layer of a case on `hidden()`: `(hidden, routings)`."""
     return run(build(case), hidden())
 
 
@@ -181,10 +181,10 @@ def loss(parameters: PyTree, rest: PyTree, x: Array, info: mode.TokenInfo | None
 
 def split(layer: Any) -> tuple[PyTree, PyTree]:
     """Parameters and the rest."""
-    return eqx.partition(layer, mode.trainable(layer))
+    return eqx.partition(layer, mode.is_trainable(layer))
 
 
-class One(mode.AbstractGate):
+class UnitGate(mode.AbstractGate):
     """A gate of a user's own: every weight is 1, so that the layer is the block it routes to."""
 
     def scores(self, logits: Array) -> Array:
@@ -195,9 +195,10 @@ class One(mode.AbstractGate):
 
 
 def ranked(layer: Any) -> Any:
-    """The layer with a router that reads the first feature: the test decides who is selected."""
+    """The layer with a router that reads the first feature: the test sets the selected tokens."""
 
     def reads_first(router: mode.Router) -> mode.Router:
+        assert isinstance(router.scorer, mode.Linear)
         weight = jnp.zeros_like(router.scorer.weight).at[..., 0, 0].set(1)
         return eqx.tree_at(lambda r: r.scorer.weight, router, weight)
 

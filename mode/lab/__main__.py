@@ -1,5 +1,6 @@
 """The command `mode-lab`."""
 
+import importlib
 import os
 import shlex
 import sys
@@ -7,11 +8,29 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Union
 
 
+_NEEDED = ("annotated_types", "filelock", "grain", "matplotlib", "pandas", "pydantic")
+_NEEDED += ("rich", "scipy", "tabulate", "tyro")
+# The module of each command's options and its function, both imported where they are needed.
+_COMMANDS = {
+    "ablate": ("commands:Ablation", "ablate:run_ablation"),
+    "report": ("commands:Rereport", "ablate:run_rereport"),
+    "train": ("commands:Training", "run:run_training"),
+    "generate": ("commands:Generating", "generate:run_generation"),
+    "analyze": ("analyze:Analysis", "analyze:run_analysis"),
+    "isoflop": ("evidence.commands:Isoflop", "evidence.commands:run_isoflop"),
+    "claims": ("evidence.commands:Claims", "evidence.commands:run_claims"),
+    "plan": ("commands:Planning", "plan:run_planning"),
+}
+_GOES_ON = {
+    "ablate": " The same command goes on after the last finished arm.",
+    "train": " The same command goes on from the last checkpoint.",
+    "isoflop": " The same command goes on after the last finished run.",
+}
+
+
 def main(args: list[str] | None = None) -> int:
-    """Run one subcommand. Mistakes of the user print as a message and give exit code 2."""
-    missing = [
-        name for name in ("grain", "matplotlib", "orbax", "rich", "tyro") if find_spec(name) is None
-    ]
+    """Runs one command. Mistakes of the user print as a message and give exit code 2."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(
             f"mode-lab needs {', '.join(missing)}, which the extra `lab` installs: in a clone,\n"
@@ -19,12 +38,22 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    asked = None
+    from . import interrupts
+    from .console import make_console
+
+    args = sys.argv[1:] if args is None else args
+    interrupts.install()
+    make_console(stderr=True)  # what cannot be encoded is escaped
     try:
-        args = sys.argv[1:] if args is None else args
-        asked = _parsed(args)
-        _run(asked, shlex.join(["mode-lab", *args]))
-    except BrokenPipeError:  # whoever read the text has had enough
+        if any("\udc80" <= letter <= "\udcff" for letter in "".join(args)):
+            raise ValueError(f"arguments must be text in UTF-8, got {shlex.join(args)!r}.")
+        name, options = _parse(args)
+        function: Any = _find(_COMMANDS[name][1])
+        interrupts.check()
+        # The text that `generate` makes goes to the standard output alone.
+        function(options, make_console(stderr=name == "generate"))
+        interrupts.check()
+    except BrokenPipeError:  # the reader of the text has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ConnectionError as error:
@@ -35,92 +64,35 @@ def main(args: list[str] | None = None) -> int:
         print(f"mode-lab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = {
-            "Ablation": " The same command goes on after the last finished arm.",
-            "Training": " The same command goes on from the last checkpoint.",
-            "Isoflop": " The same command goes on after the last finished run.",
-        }
-        print(f"mode-lab: interrupted.{goes_on.get(type(asked).__name__, '')}", file=sys.stderr)
-        return 130
+        goes_on = _GOES_ON.get(args[0] if args else "", "")
+        print(f"mode-lab: interrupted.{goes_on}", file=sys.stderr)
+        return 128 + (interrupts.received() or 2)
     return 0
 
 
-# What follows imports where it is used: it needs the extra.
+def _find(path: str) -> Any:
+    """The object at `module:name` in this package."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
-def _parsed(args: list[str]) -> Any:
+def _parse(args: list[str]) -> tuple[str, Any]:
+    """The name of a command, and its options."""
     import tyro
 
-    from .ablate import Ablation, Rereport
-    from .analyze import Analyzing
-    from .evidence.sweep import Isoflop
-    from .evidence.verdicts import Claims
-    from .generate import Generating
-    from .plan import Planning
-    from .run import Training
-
-    planning = Planning.asked(args if args[:1] == ["plan"] else [])
-    commands = {
-        "ablate": (Ablation, {}),
-        "report": (Rereport, {}),
-        "train": (Training, {}),
-        "generate": (Generating, {}),
-        "analyze": (Analyzing, {}),
-        "isoflop": (Isoflop, {}),
-        "claims": (Claims, {}),
-        "plan": (Planning, {"default": planning}),
-    }
-    kinds = tuple(
-        Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)]
-        for name, (kind, default) in commands.items()
+    kinds = {name: _find(options) for name, (options, _) in _COMMANDS.items()}
+    defaults = {"plan": {"default": kinds["plan"].defaults(args if args[:1] == ["plan"] else [])}}
+    commands = tuple(
+        Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **defaults.get(name, {}))]
+        for name, kind in kinds.items()
     )
-    return tyro.cli(
-        Union[kinds],  # pyright: ignore  # noqa: UP007
+    options: Any = tyro.cli(
+        Union[commands],  # pyright: ignore  # noqa: UP007
         prog="mode-lab",
         description="Routing experiments with `mode`.",
         args=args,
     )
-
-
-def _run(asked: Any, command: str) -> None:
-    from rich.console import Console
-
-    from .ablate import Ablation, report, run_ablation
-    from .analyze import Analyzing, run_analysis
-    from .evidence.report import is_sweep, report as report_sweep
-    from .evidence.sweep import Isoflop, run_isoflop
-    from .evidence.verdicts import Claims, run_claims
-    from .files import read_settings
-    from .generate import Generating, run_generation
-    from .plan import Planning, run_planning
-    from .run import Training, run_training
-
-    # Where nobody looks at a terminal, tables get the width they need.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    match asked:
-        case Ablation():
-            run_ablation(asked, console)
-        case Training():
-            run_training(asked, console)
-        case Generating():
-            # The text alone goes where a pipe would read it, byte by byte.
-            run_generation(asked, _write, Console(stderr=True))
-        case Analyzing():
-            run_analysis(asked, console)
-        case Isoflop():
-            run_isoflop(asked, console)
-        case Claims():
-            run_claims(asked, console)
-        case Planning():
-            run_planning(asked, console, command=command)
-        case _:
-            again = report_sweep if is_sweep(read_settings(asked.out)) else report
-            again(asked.out, console)
-
-
-def _write(text: bytes) -> None:
-    sys.stdout.buffer.write(text)
-    sys.stdout.buffer.flush()
+    return next(name for name, kind in kinds.items() if type(options) is kind), options
 
 
 if __name__ == "__main__":

@@ -1,180 +1,122 @@
-"""The ablation: every arm in turn, at equal training FLOPs, and a report of those that finished."""
+"""The ablation: every arm in turn, at equal training FLOPs, and a report of those that finished.
+
+Each arm is a run of `mode-lab train` in a folder of its own.
+"""
 
 import dataclasses
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-import jax
-import tyro
 from rich.console import Console
 
-from .arms import NAMES, Arm, Size, arms_help, arms_named
-from .budget import (
-    flops_per_step,
-    forward_flops_per_token,
-    parameter_count,
-    steps_for,
-    training_budget,
-)
-from .data import Corpus, Sample, held_out_batches, read_corpus
-from .evaluate import evaluate, routing_sample
-from .files import claim, read_settings
+from .arms import NAMES, arm_named, arms_named
+from .budget import flops_per_step, steps_for, training_budget
+from .checkpoint import TrainSettings
+from .commands import Ablation as Ablation, Rereport, Training
+from .console import say
+from .data import read_corpus
+from .files import Record
+from .folder import check_out, claim, read_settings, settings_format
+from .options import absolute_glob, check_options, command_line
 from .progress import progress
 from .report import write_report
-from .step import Recipe
-from .store import ArmResult, load_result, save_arm
-from .train import Watch, train
+from .run import load_result, train_arm
 
 
-@dataclasses.dataclass(frozen=True)
-class Ablation:
-    """Train routing arms on bytes of real text at equal training FLOPs, and compare them.
+class AblationSettings(Record):
+    """The settings of an ablation, and the fingerprint of its text."""
 
-    A run that was interrupted goes on where it stood: the same command skips finished arms.
-    """
+    format = "mode-lab ablate"
+    version = 1
 
-    out: Path = Path("runs/ablation")
-    """Folder for results. One of another configuration is refused."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
-    budget: float = 1.0
-    """Training FLOPs of every arm, as a multiple of the default, which takes all eight arms of the
-    default size 6 to 10 minutes on two cores. Time grows with it in proportion."""
-    arms: Annotated[tuple[str, ...], tyro.conf.arg(help=arms_help(), metavar="ARM ...")] = NAMES
-    seed: int = 0
-    """Of parameters, data order and random routing."""
-    held_out: int = 512
-    """Sequences to evaluate on, at most."""
-    size: Size = dataclasses.field(default_factory=Size)
-    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    options: Ablation
+    corpus: str
 
-    def settings(self) -> dict[str, Any]:
-        """What must be equal for two arms to be compared: all but the folder and the choice."""
-        settings = dataclasses.asdict(self)
-        return {name: settings[name] for name in settings if name not in ("out", "arms")}
+    def arm(self, out: Path, name: str) -> TrainSettings:
+        """The settings of an arm's run, in the folder `out` of the ablation.
 
-
-@dataclasses.dataclass(frozen=True)
-class Rereport:
-    """Write the report of a finished or interrupted ablation or sweep again, without training."""
-
-    out: Path = Path("runs/ablation")
-    """The folder of the run."""
+        **Raises:** `ValueError` for a budget of less than two steps.
+        """
+        ablation, arm = self.options, arm_named(name)
+        budget = training_budget(ablation.budget, ablation.size)
+        steps = steps_for(arm, budget, flops_per_step(arm, ablation.size))
+        options = Training(
+            out=out / "arms" / name,
+            arm=name,
+            steps=steps,
+            data=ablation.data,
+            seed=ablation.seed,
+            held_out=ablation.held_out,
+            save_every=steps,
+            keep=1,
+            size=ablation.size,
+            recipe=ablation.recipe,
+        )
+        return TrainSettings(options=options, corpus=self.corpus)
 
 
 def run_ablation(ablation: Ablation, console: Console) -> None:
-    """Train what is not finished, save each arm before the next begins, and report.
+    """Trains what is not finished, saves each arm before the next begins, and reports.
 
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
-    arms = arms_named(ablation.arms)
-    if ablation.held_out < 1:
-        raise ValueError(f"`held_out` must be at least 1 sequence, got {ablation.held_out}.")
-    budget = training_budget(ablation.budget, ablation.size)
-    costs = {arm.name: flops_per_step(arm, ablation.size) for arm in arms}
-    steps = {arm.name: steps_for(arm, budget, costs[arm.name]) for arm in arms}
+    names = [arm.name for arm in arms_named(ablation.arms)]
+    ablation = check_options(ablation)
+    out = ablation.out
+    check_out(out)
     corpus = read_corpus(ablation.data, length=ablation.size.length)
-    claim(ablation.out, {**ablation.settings(), "corpus": corpus.fingerprint})
-    samples = held_out_batches(
-        corpus.held_out,
-        length=ablation.size.length,
-        batch=ablation.size.batch,
-        sequences=ablation.held_out,
-    )
-    console.print(
+    options = dataclasses.replace(ablation, data=absolute_glob(ablation.data))
+    settings = AblationSettings(options=options, corpus=corpus.fingerprint)
+    arms = {name: settings.arm(out, name) for name in names}  # before anything is written
+    claim(out, settings, besides=("out", "data", "arms"))
+    say(
+        console,
         f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} bytes), "
-        f"{len(corpus.held_out.names)} held out; {budget:.3g} training FLOPs for every arm.",
-        highlight=False,
+        f"{len(corpus.held_out.names)} held out; "
+        f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm.",
     )
-    pending = [arm for arm in arms if load_result(ablation.out, arm.name) is None]
-    for arm in arms:
-        if arm not in pending:
-            console.print(f"{arm.name}: finished before, kept.", highlight=False)
+    pending = [name for name in names if load_result(out / "arms" / name, arms[name]) is None]
+    for name in names:
+        if name not in pending:
+            say(console, f"{name}: finished before, kept.")
     with progress(console, len(pending)) as bars:
-        for arm in pending:
-            with bars.arm(arm.name, steps[arm.name]) as watch:
-                result = _run_arm(
-                    arm, ablation, corpus, samples, costs[arm.name], steps[arm.name], watch
-                )
-            console.print(
-                f"{arm.name}: {result.steps} steps in {result.seconds:.0f} s, held out "
-                f"{result.bits_top_k:.3f} bits per byte, causal {result.bits_causal:.3f}.",
-                highlight=False,
+        for name in pending:
+            training = arms[name].options
+            with bars.arm(name, training.steps) as watch:
+                result = train_arm(training, corpus, console, watch)
+            bits, causal = result.evaluation.bits_top_k, result.evaluation.bits_causal
+            say(
+                console,
+                f"{name}: {training.steps} steps in {result.seconds:.0f} s, held out {bits:.3f} "
+                f"bits per byte, causal {causal:.3f}.",
             )
-    report(ablation.out, console)
+    report(out, console)
 
 
-def _run_arm(
-    arm: Arm,
-    ablation: Ablation,
-    corpus: Corpus,
-    samples: list[Sample],
-    step_flops: int,
-    steps: int,
-    watch: Watch,
-) -> ArmResult:
-    size = ablation.size
-    trained = train(
-        arm, size, ablation.recipe, corpus.train, steps=steps, seed=ablation.seed, watch=watch
-    )
-    key = jax.random.fold_in(jax.random.key(ablation.seed), 1)
-    found = evaluate(arm, trained.model, samples, key=key)
-    result = ArmResult(
-        name=arm.name,
-        description=arm.description,
-        parameters=parameter_count(trained.model),
-        forward_flops=forward_flops_per_token(arm, size),
-        step_flops=step_flops,
-        steps=steps,
-        step_seconds=trained.step_seconds,
-        seconds=trained.seconds,
-        bits_top_k=found.bits_top_k,
-        bits_causal=found.bits_causal,
-        bytes=found.bytes,
-        routers=found.routers,
-        losses=tuple(round(loss, 5) for loss in trained.losses),
-        change=arm.change(steps),
-    )
-    sample = routing_sample(arm, trained.model, samples, key=key)
-    save_arm(ablation.out, result, trained.model, sample)
-    return result
+def run_rereport(rereport: Rereport, console: Console) -> None:
+    """Reports again on the ablation or the sweep in a folder, whichever it holds.
+
+    **Raises:** `ValueError` where there is neither.
+    """
+    from .evidence.records import SweepSettings
+    from .evidence.report import report_sweep
+
+    out = check_options(rereport).out
+    is_sweep = settings_format(out) == SweepSettings.format
+    (report_sweep if is_sweep else report)(out, console)
 
 
 def report(out: Path, console: Console) -> None:
-    """The table and the files of all arms that finished in `out`.
+    """Writes the table and the files of all arms that finished in `out`.
 
     **Raises:** `ValueError` where there is no run, or no arm has finished.
     """
-    settings = read_settings(out)
-    results = [result for name in NAMES if (result := load_result(out, name)) is not None]
-    if not results:
+    settings = read_settings(out, AblationSettings)
+    finished = [name for name in NAMES if (out / "arms" / name / "result.json").exists()]
+    results = [load_result(out / "arms" / name, settings.arm(out, name)) for name in finished]
+    options = dataclasses.replace(settings.options, out=out, arms=tuple(finished) or NAMES)
+    command = command_line("ablate", options)
+    if not finished:
         raise ValueError(
-            f"`out` must hold at least one finished arm, got {out}. Run "
-            f"`{command_of(settings, out)}` to train them."
+            f"`out` must hold at least one finished arm, got {out}. Run `{command}` to train them."
         )
-    command = command_of(settings, out, [result.name for result in results])
-    write_report(out, results, settings, command, console)
-
-
-def command_of(settings: dict[str, Any], out: Path, arms: Sequence[str] = NAMES) -> str:
-    """The command that makes a run of these arms with these settings."""
-    words = ["mode-lab", "ablate", "--out", str(out)]
-    if tuple(arms) != NAMES:
-        words += ["--arms", *arms]
-    default = Ablation().settings()
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            for inner, setting in value.items():
-                if setting == default[name].get(inner):
-                    continue
-                flag = inner.replace("_", "-")
-                if isinstance(setting, bool):
-                    words += [f"--{name}.{'' if setting else 'no-'}{flag}"]
-                else:
-                    words += [f"--{name}.{flag}", str(setting)]
-        elif name in default and value != default[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+    write_report(out, [result for result in results if result], command, console)

@@ -1,161 +1,131 @@
-"""What a trained model's routers learned, over real text: the command `mode-lab analyze`."""
+"""What the routers of a trained model do on real text: the command `mode-lab analyze`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 
-import mode
+from .corpus import Documents, read_corpus, read_documents
+from .folder import check_out
+from .options import Count, Seed, check_options
 
-from .analysis_report import About, Shown, write_analysis
-from .arms import Arm
-from .data import Documents, Sequences, read_corpus, read_documents
-from .evaluate import causal_model
-from .files import read_settings
-from .measures import byte_classes
-from .observe import observe
-from .passage import find_passage
-from .run import load_run
-from .summary import summarise
+
+if TYPE_CHECKING:
+    from .checkpoint import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Analyzing:
-    """Show what the routers of a trained model learned: who is computed, where, and how that goes
-    with the kind of byte and with how uncertain the prediction is.
+class Analysis:
+    """Show what the routers of a trained model do: which tokens are computed, in which layers, and
+    how that depends on the kind of byte and on the uncertainty of the prediction.
 
-    Everything is shown twice: under the selection of training, which sees the future, and under
-    the causal rule, as a sampler would have it.
+    Everything is shown under the top-k selection of training, which sees the future, and under the
+    causal rule that a sampler uses.
     """
 
     checkpoint: Path = Path("runs/train")
-    """Folder of a `mode-lab train` run; its newest checkpoint is taken."""
+    """Folder of a `mode-lab train` run. Its newest checkpoint is used."""
     data: str | None = None
     """Files to read, all of them, a quoted glob such as "texts/**/*.txt". By default the run's own
     held-out text."""
-    sequences: int = 512
+    sequences: Count = 512
     """Sequences of the run's length, at most; evenly spread over the text."""
     out: Path | None = None
     """Folder for the pictures, analysis.md and analysis.json; by default `analysis` in the run's
     folder."""
-    seed: int = 0
-    """Of random routing, and of the bootstrap."""
+    seed: Seed = 0
+    """Seed of random routing and of the bootstrap."""
 
 
-def run_analysis(analyzing: Analyzing, console: Console) -> None:
-    """Analyse, print what was found, and save it with its pictures.
+def run_analysis(options: Analysis, console: Console) -> None:
+    """Analyses a run, prints the results, and saves them with their pictures.
 
-    **Raises:** `ValueError` for bad settings, a folder without a checkpoint, or unfit text.
+    **Raises:** `ValueError` for bad options, a folder without a checkpoint, or unfit text.
     """
-    if analyzing.sequences < 1:
-        raise ValueError(f"`sequences` must be at least 1, got {analyzing.sequences}.")
-    out = analyzing.checkpoint / "analysis" if analyzing.out is None else analyzing.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"`out` must be a folder or not exist yet, got the file {out}.")
-    arm, size, steps, trained = load_run(analyzing.checkpoint, console)
-    text = _text(analyzing, size.length)
-    source = Sequences(text.documents, size.length)
-    places = _spread(len(source), analyzing.sequences)
-    key = jax.random.key(analyzing.seed)
-    models = _selections(arm, trained)
-    observed = {
-        name: observe(model, source, places, batch=size.batch, key=key)
+    import jax
+
+    from .analysis_report import About, write_analysis
+    from .data import Sequences
+    from .measures import byte_classes
+    from .observe import observe
+    from .passage import find_passage
+    from .routing_map import RoutingMap
+    from .run import load_run
+    from .summary import summarise
+
+    options = check_options(options)
+    out = options.checkpoint / "analysis" if options.out is None else options.out
+    check_out(out)
+    settings, arm, steps, trained = load_run(options.checkpoint, console)
+    size, key = settings.options.size, jax.random.key(options.seed)
+    documents, text, notes = _read_text(options.data, settings)
+    source = Sequences(documents, size.length)
+    if arm.rule is None:  # nothing is routed, or the selection of training is causal already
+        models = {"as trained": trained}
+    else:
+        models = {"top-k": trained, "causal": arm.causal(trained)}
+    count = min(options.sequences, len(source))
+    rows = [number * len(source) // count for number in range(count)]
+    observations = {
+        name: observe(model, source, rows, batch=size.batch, key=key)
         for name, model in models.items()
     }
-    classes = _classes_at(text.documents, places, size.length)
-    summaries = summarise(observed, classes, seed=analyzing.seed)
-    shown = None
+    # Each token knows the one before it, in the same sequence or not; padding does not count.
+    classes = byte_classes(documents.tokens)
+    tokens = np.array(rows)[:, None] * size.length + np.arange(size.length)
+    classes = classes[np.minimum(tokens, len(classes) - 1)]
+    summary = summarise(observations, classes, seed=options.seed)
+    routing_map = None
     if arm.routed is not None:
         passage = find_passage(source)
-        taken = {
-            name: passage.of(
-                observe(model, source, passage.places, batch=size.batch, key=key).taken
+        counts = {}
+        for name, model in models.items():
+            observation = observe(model, source, passage.rows, batch=size.batch, key=key)
+            counts[name] = tuple(map(tuple, passage.cut(observation.counts).tolist()))
+        tokens, starts = tuple(passage.tokens.tolist()), tuple(passage.sequence_starts())
+        routing_map = RoutingMap(passage.document, tokens, starts, summary.layers, counts)
+    checkpoint = str(options.checkpoint)
+    about = About(checkpoint, arm.name, steps, size, text, notes, options.seed)
+    write_analysis(out, about, summary, routing_map, console)
+
+
+def _read_text(
+    data: str | None, settings: "TrainSettings"
+) -> tuple[Documents, str, tuple[str, ...]]:
+    """Reads documents, names them in a few words, and notes what a reader must know of them."""
+    length = settings.options.size.length
+    note = ""
+    if data is not None:
+        # All of it: the run holds out nothing of a text that it was not trained on.
+        documents, name = read_documents(data), f"all of {data}"
+        try:
+            corpus = read_corpus(settings.options.data, length=length)
+        except ValueError:
+            note = "It is not known whether the model was trained on this text: its files are gone."
+        else:
+            seen = _contents(corpus.train)
+            # The run was trained on the first part of a single file.
+            start = tuple(seen) if corpus.held_out.names[0].endswith("(end)") else ()
+            count = sum(text in seen or text.startswith(start) for text in _contents(documents))
+            if count:
+                note = (
+                    f"The model was trained on {count} of these files: its predictions there are "
+                    "better, and their entropy is lower, than on new text."
+                )
+    else:
+        corpus = read_corpus(settings.options.data, length=length)
+        documents, name = corpus.held_out, "the run's held-out text"
+        if corpus.fingerprint != settings.corpus:
+            note = (
+                "The files of the run have changed since it was trained: some of what is held out "
+                "now may have been training text."
             )
-            for name, model in models.items()
-        }
-        shown = Shown(passage, taken)
-    about = About(analyzing.checkpoint, arm, steps, size, text.said, text.notes, analyzing.seed)
-    write_analysis(out, about, summaries, shown, console)
-
-
-def _selections(arm: Arm, trained: mode.Transformer) -> dict[str, mode.Transformer]:
-    """The model under each selection that there is to compare."""
-    if arm.rule is None:  # nothing is routed, or the selection of training is causal as it is
-        return {"as trained": trained}
-    return {"top-k": trained, "causal": causal_model(arm, trained)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """Documents, what they are in a few words, and what to know of them."""
-
-    documents: Documents
-    said: str
-    notes: tuple[str, ...]
-
-
-def _text(analyzing: Analyzing, length: int) -> _Text:
-    settings = read_settings(analyzing.checkpoint)
-    if analyzing.data is not None:
-        # All of it: the model learned nothing from it that would have to be held out.
-        documents = read_documents(analyzing.data)
-        said = f"all of {analyzing.data} ({_files(documents)})"
-        return _Text(documents, said, _trained_on(documents, settings, length))
-    corpus = read_corpus(settings["data"], length=length)
-    notes = ()
-    if corpus.fingerprint != settings["corpus"]:
-        notes = (
-            "The files that the run was trained on have changed since, so that some of what is "
-            "held out now may not have been then.",
-        )
-    said = f"the run's held-out text ({_files(corpus.held_out)})"
-    return _Text(corpus.held_out, said, notes)
-
-
-def _files(documents: Documents) -> str:
     count = len(documents.names)
-    return f"{count} file{'s' if count > 1 else ''}"
-
-
-def _trained_on(documents: Documents, settings: dict[str, Any], length: int) -> tuple[str, ...]:
-    """Whether the text is the run's own training text: its predictions would be too good."""
-    try:
-        corpus = read_corpus(settings["data"], length=length)
-    except ValueError:
-        return ("Whether the model was trained on this text is not known: its files are gone.",)
-    seen = _contents(corpus.train)
-    # Of a single file, the first part was trained on.
-    single = len(seen) == 1 and settings["data"] is not None
-    count = sum(
-        content in seen or (single and content.startswith(tuple(seen)))
-        for content in _contents(documents)
-    )
-    if not count:
-        return ()
-    return (
-        f"The model was trained on {count} of these files: its predictions there are better, and "
-        "their entropy lower, than on text that is new to it.",
-    )
+    name += f" ({count} file{'s' if count > 1 else ''})"
+    return documents, name, (note,) if note else ()
 
 
 def _contents(documents: Documents) -> list[bytes]:
     return [piece[1:].tobytes() for piece in np.split(documents.tokens, documents.starts[1:])]
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """So many numbers below `count`, evenly spread, none twice."""
-    kept = min(count, wanted)
-    return [place * count // kept for place in range(kept)]
-
-
-def _classes_at(
-    documents: Documents, places: list[int], length: int
-) -> Int[np.ndarray, "sequences tokens"]:
-    """Of the inputs of sequences; each token knows the one before it, cut or not."""
-    classes = byte_classes(documents.tokens)
-    at = np.array(places)[:, None] * length + np.arange(length)
-    return classes[np.minimum(at, len(classes) - 1)]  # padding, which does not count

@@ -1,14 +1,14 @@
-"""The arms of the ablation: what each one routes, and by which rule it may be sampled from.
+"""The arms of the ablation: what each one routes, and by which causal rule its text is sampled.
 
-All arms share dimensions, depth, data and recipe; a routed layer stands in every other place, over
-a dense one. They differ in the routed layer and in nothing else, but for the number of steps, which
-`budget` sets so that all spend equal training FLOPs.
+All arms share dimensions, depth, data and recipe. Every other layer is routed, above a dense one.
+Arms differ in the routed layer and in nothing else, but for the number of steps, which `budget`
+sets so that all spend equal training FLOPs.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,98 +16,63 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import mode
 
-from .data import VOCAB
+from .options import Size as Size
 
 
-MakeLayer = Callable[[PRNGKeyArray], Callable]
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Dimensions that all arms share."""
-
-    dim: int = 64
-    """Features of the hidden states."""
-    depth: int = 6
-    """Layers; every other one is routed."""
-    heads: int = 4
-    """Attention heads."""
-    length: int = 128
-    """Tokens in one sequence, the group whose tokens compete for slots."""
-    batch: int = 8
-    """Sequences in one step."""
-    capacity: float = 0.125
-    """Share of a sequence's tokens that a Mixture-of-Depths layer takes."""
-    experts: int = 6
-    """Experts of the arms that have no-ops or go without; the others have `experts + noop`."""
-    noop: int = 2
-    """No-op experts of integrated MoDE."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; parameters, routers and the optimizer are float32 either way."""
-    vocab: int = VOCAB
-    """Token ids; 257 are used: the bytes and the start of a document."""
-    kv_heads: int | None = None
-    """Key-value heads, each of which serves as many attention heads; by default `heads`."""
-    remat: bool = False
-    """Whether the backward pass computes activations again, two layers at a time, instead of
-    keeping them."""
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One model of the ablation.
 
-    **Attributes:**
-
-    - `name`, `description`: for tables and files.
-    - `routed`: builds the routed layer of a size from a key; `None` for a dense model.
-    - `every`: the period of the routed layers; 2 is every other one, over a dense one.
-    - `rule`: what decides membership when the model runs causally; `None` where the training
-        selection is causal as it is.
-    - `under_rule`: the last share of training that runs under `rule`, with the slots it had.
-    - `quantile_rate`: at which running quantiles move.
-    - `auxiliary`: added to the loss, from the routings of a step.
-    - `samples`: whether tokens can be chosen one by one, so that text can be sampled.
+    `routed` builds the routed layer of a size from a key; every `every`th layer is such, above a
+    dense one. `rule` decides which tokens are selected when the model runs causally, `None` where
+    the training selection is causal already; the last fraction `under_rule` of training runs under
+    it, at the same capacity. `auxiliary` is added to the loss, from the routings of a step.
+    `samples` says whether tokens can be routed one by one, so that text can be sampled.
     """
 
     name: str
     description: str
     routed: Callable[[Size, PRNGKeyArray], Callable] | None = None
     every: int = 2
-    rule: mode.AbstractRule | None = None
+    rule: mode.AbstractThreshold | None = None
     under_rule: float = 0.0
     quantile_rate: float = 0.03
     auxiliary: Callable[[tuple[mode.Routing, ...]], Float[Array, ""]] | None = None
     samples: bool = True
 
     def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
-        """The model, with fresh parameters.
+        """Builds the model, with fresh parameters.
 
-        **Raises:** `ValueError` for fewer token ids than bytes need, and as the layers do.
+        **Raises:** `ValueError` as the layers do.
         """
-        if size.vocab < VOCAB:
-            raise ValueError(
-                f"`vocab` must be at least {VOCAB}, the bytes and the start of a document, got "
-                f"{size.vocab}."
-            )
-        routed = self.routed
 
         def dense(key: PRNGKeyArray) -> mode.Residual:
             return mode.Residual(_block(size, key))
 
-        def layer(key: PRNGKeyArray) -> Callable:
-            return dense(key) if routed is None else routed(size, key)
-
-        offset = min(1, self.every - 1)
-        layers = mode.every_other(dense, layer, size.depth, every=self.every, offset=offset)
+        stacks = [([dense], size.depth)]
+        if self.routed is not None:
+            routed, offset = partial(self.routed, size), min(1, self.every - 1)
+            stacks = mode.interleave(dense, routed, size.depth, every=self.every, offset=offset)
+        dtype = jnp.dtype(size.dtype)
         return mode.Transformer(
-            size.vocab,
-            size.dim,
-            layers,
-            dtype=jnp.dtype(size.dtype),
-            remat=size.remat,
-            key=key,
+            size.vocab, size.dim, stacks=stacks, dtype=dtype, remat=size.remat, key=key
         )
+
+    def causal(self, model: mode.Transformer, *, max_capacity: float = 1.0) -> mode.Transformer:
+        """The model as text is sampled from it; at 1, it computes all tokens that it selects."""
+        return mode.make_causal(model, threshold=self._threshold(max_capacity))
+
+    def causal_in_training(self, tree: Tree) -> Tree:
+        """A tree with the model in it, under the rule, with as many slots as in training."""
+        return mode.make_causal(tree, threshold=self._threshold(None))
+
+    def _threshold(self, max_capacity: float | None) -> mode.AbstractThreshold | None:
+        if self.rule is None:
+            return None
+        return dataclasses.replace(self.rule, max_capacity=max_capacity)
 
     def change(self, steps: int) -> int:
         """The step from which training runs under `rule`; `steps` where it never does."""
@@ -123,11 +88,10 @@ def depths(
     key: PRNGKeyArray,
     *,
     select: mode.AbstractSelector = mode.ExpertChoice(),
-    gate: mode.AbstractGate = mode.Raw(),
+    gate: mode.AbstractGate = mode.IdentityGate(),
     predictor: bool = False,
-    position_bins: int = 1,
 ) -> mode.MixtureOfDepths:
-    """A layer of Mixture-of-Depths over the dense arm's block."""
+    """A layer of Mixture-of-Depths around the dense arm's block."""
     block_key, router_key, predictor_key = jax.random.split(key, 3)
     return mode.MixtureOfDepths(
         _block(size, block_key),
@@ -136,34 +100,25 @@ def depths(
         select=select,
         gate=gate,
         predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
-        position_bins=position_bins,
         key=router_key,
     )
 
 
-def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLU]:
-    # The dense block's own feed-forward: an expert on every token costs what the dense one does.
-    return lambda key: mode.SwiGLU(size.dim, key=key)
+def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLUFeedForward]:
+    # The dense block's own feed-forward: an expert costs what the dense one does.
+    return lambda key: mode.SwiGLUFeedForward(size.dim, key=key)
 
 
-def _experts(size: Size, key: PRNGKeyArray) -> mode.Residual:
-    return _mixture(size, size.experts + size.noop, 0, key)
-
-
-def _reduced(size: Size, key: PRNGKeyArray) -> mode.Residual:
-    return mode.reduced_capacity_moe(
-        _expert(size),
-        size.dim,
-        size.heads,
-        size.experts,
-        size.noop,
-        num_kv_heads=size.kv_heads,
-        key=key,
-    )
+def _with_experts(
+    build: Callable[..., mode.Residual], size: Size, key: PRNGKeyArray, *, noop: bool = True
+) -> mode.Residual:
+    counts = (size.experts, size.noop) if noop else (size.experts + size.noop, 0)
+    expert, heads = _expert(size), size.heads
+    return build(expert, size.dim, heads, *counts, num_kv_heads=size.kv_heads, key=key)
 
 
 def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    return mode.staged_mode(
+    return mode.staged_mode_layer(
         _expert(size),
         size.dim,
         size.heads,
@@ -174,92 +129,83 @@ def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
     )
 
 
-def _integrated(size: Size, key: PRNGKeyArray) -> mode.Residual:
-    return _mixture(size, size.experts, size.noop, key)
-
-
-def _mixture(size: Size, experts: int, noop: int, key: PRNGKeyArray) -> mode.Residual:
-    return mode.integrated_mode(
-        _expert(size), size.dim, size.heads, experts, noop, num_kv_heads=size.kv_heads, key=key
-    )
-
-
 def predictor_loss(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
-    """Mean over the predictors of what teaches them."""
-    # Its coefficient is 1: no gradient leaves the predictors, so it weighs against nothing.
+    """Averages the losses that train the predictors."""
+    # Its coefficient is 1: its gradient reaches the predictors alone.
     return jnp.mean(jnp.stack([mode.predictor_bce(routing) for routing in routings]))
 
 
-_QUANTILE = mode.ByQuantile()
-_LAST_FIFTH = 0.2
+# Top-k, and the last fifth of training under a running quantile.
+_late_quantile = partial(Arm, rule=mode.QuantileThreshold(), under_rule=0.2)
 
 ARMS: tuple[Arm, ...] = (
     Arm("dense", "every token through every block"),
-    Arm(
+    _late_quantile(
         "mod",
         "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
         depths,
-        rule=_QUANTILE,
-        under_rule=_LAST_FIFTH,
     ),
     Arm(
         "mod-predictor",
         "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
         partial(depths, predictor=True),
-        rule=mode.ByPredictor(),
+        rule=mode.PredictorThreshold(),
         auxiliary=predictor_loss,
     ),
     Arm(
         "mod-random",
-        "the control: Mixture-of-Depths whose tokens are drawn at random",
+        "the control: Mixture-of-Depths that selects tokens at random",
         partial(depths, select=mode.RandomChoice()),
         samples=False,
     ),
-    Arm(
+    _late_quantile(
         "moe",
         "expert-choice Mixture-of-Experts at the dense model's FLOPs",
-        _experts,
-        rule=_QUANTILE,
-        under_rule=_LAST_FIFTH,
+        partial(_with_experts, mode.integrated_mode_layer, noop=False),
     ),
-    Arm(
+    _late_quantile(
         "moe-reduced",
-        "the control: Mixture-of-Experts with the slots of mode-integrated and no no-ops",
-        _reduced,
-        rule=_QUANTILE,
-        under_rule=_LAST_FIFTH,
+        "the control: Mixture-of-Experts with the slots of mode-integrated and no no-op experts",
+        partial(_with_experts, mode.reduced_capacity_moe),
     ),
-    Arm(
+    _late_quantile(
         "mode-staged",
-        "staged MoDE: first to or around the block, then to an expert inside it",
+        "staged MoDE: first into or around the block, then to an expert inside it",
         _staged,
-        rule=_QUANTILE,
-        under_rule=_LAST_FIFTH,
     ),
-    Arm(
+    _late_quantile(
         "mode-integrated",
         "integrated MoDE: experts and no-op experts in one routing",
-        _integrated,
-        rule=_QUANTILE,
-        under_rule=_LAST_FIFTH,
+        partial(_with_experts, mode.integrated_mode_layer),
     ),
 )
 NAMES = tuple(arm.name for arm in ARMS)
 
 
 def arms_help() -> str:
-    """What each arm is, for the command line."""
+    """Describes each arm for the command line."""
     return "Which arms to train. " + "; ".join(f"{a.name}: {a.description}" for a in ARMS) + "."
 
 
 def arms_named(names: Sequence[str]) -> list[Arm]:
-    """The arms of those names, in the order of `ARMS`.
+    """Finds arms by their names, in the order of `ARMS`.
 
-    **Raises:** `ValueError` for no name or an unknown one.
+    **Raises:** `ValueError` for no name, an unknown one, or one that is given twice.
     """
-    unknown = sorted(set(names) - set(NAMES))
-    if unknown or not names:
+    wrong = sorted({name for name in names if name not in NAMES or names.count(name) > 1})
+    if wrong or not names:
         raise ValueError(
-            f"`arms` must be one or more of {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}."
+            f"`arms` must be one or more of {', '.join(NAMES)}, each once, got "
+            f"{', '.join(wrong) or 'none'}."
         )
     return [arm for arm in ARMS if arm.name in names]
+
+
+def arm_named(name: str) -> Arm:
+    """Finds an arm by its name.
+
+    **Raises:** `ValueError` for an unknown one.
+    """
+    if name not in NAMES:
+        raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {name!r}.")
+    return ARMS[NAMES.index(name)]

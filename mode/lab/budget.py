@@ -1,7 +1,6 @@
-"""Equal training FLOPs: how many steps each arm may take, counted on the program it runs."""
+"""Equal training FLOPs: the number of steps of each arm, counted on the program it runs."""
 
 import functools
-import math
 
 import equinox as eqx
 import jax
@@ -43,21 +42,13 @@ def forward_flops_per_token(arm: Arm, size: Size) -> float:
 
 
 def parameter_count(model: mode.Transformer) -> int:
-    """Numbers that an optimizer may move; of a model's shapes alone it is the same."""
-    parameters = eqx.filter(model, mode.trainable(model))
+    """Counts the parameters of a model, or of its shapes."""
+    parameters = eqx.filter(model, mode.is_trainable(model))
     return sum(leaf.size for leaf in jax.tree.leaves(parameters))
 
 
 def training_budget(budget: float, size: Size) -> float:
-    """The FLOPs that `budget` stands for.
-
-    **Raises:** `ValueError` where it is not a finite number above 0.
-    """
-    if not (math.isfinite(budget) and budget > 0):
-        raise ValueError(
-            f"`budget` must be a finite number above 0, got {budget}. It scales the training "
-            f"FLOPs of every arm; 1 is {DENSE_STEPS} steps of the dense arm."
-        )
+    """The FLOPs of a budget, which scales those of the default."""
     return budget * DENSE_STEPS * flops_per_step(ARMS[0], size)
 
 

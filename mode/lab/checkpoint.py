@@ -1,200 +1,113 @@
 """Checkpoints of a run: each is whole or absent, and the newest sound one is found again.
 
-Orbax writes and reads them: arrays and JSON, in files that hold no code. It writes beside the place
-and moves; an interrupted save leaves nothing that looks like a checkpoint. What it does not see is
-damage that came later: digests of the files, written last, do.
+A checkpoint is two files named after its step: the arrays, and a record, written last, with their
+digest, the run they belong to, and its losses. Arrays without a record are the rest of a save that
+was killed. The state is gathered on the host of each process; the lead writes it.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
+import pydantic
 from jaxtyping import PyTree
 
-from .devices import by_lead
-from .files import differences, write_json
+from .arrays import fill, named_arrays, read_arrays, write_arrays
+from .commands import Training
+from .devices import by_lead, to_host
+from .files import DamagedFile, FloatOrNaN, Record, read_record, write_record
 
 
-Named = dict[str, Any]
-_DIGESTS = "digests.json"
-_UNFINISHED = "it was not finished"
+class TrainSettings(Record):
+    """The settings of a run of `mode-lab train`, and the fingerprint of its text."""
+
+    format = "mode-lab train"
+    version = 1
+
+    options: Training
+    corpus: str
+
+
+class Notes(Record):
+    """A checkpoint but for its arrays: the run it belongs to, and its progress."""
+
+    format = "mode-lab checkpoint"
+    version = 1
+
+    settings: TrainSettings
+    stream: dict[str, pydantic.JsonValue]
+    losses: tuple[FloatOrNaN, ...]
+    digest: str = ""
 
 
 class Checkpoints:
-    """The checkpoints in a folder, one for each of some steps.
-
-    **Arguments:**
-
-    - `folder`: made where it does not exist.
-    - `keep`: how many to keep, the newest; older ones are deleted once a newer one is whole.
-    """
+    """The checkpoints in a folder, of which the newest `keep` are kept."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        if folder.exists() and not folder.is_dir():
+            raise DamagedFile(folder, "it is a file, not a folder of checkpoints", "Move it away.")
+        self.folder = folder
+        self.keep = keep
 
     @property
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, ascending."""
-        return sorted(self._manager.all_steps())
+        """The steps that have a checkpoint, ascending."""
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        records = (path for path in paths if path.suffix == ".json" and path.stem.isdecimal())
+        return sorted(int(path.stem) for path in records)
 
-    def save(self, step: int, tree: PyTree, notes: dict[str, Any]) -> None:
-        """Keep the arrays of `tree`, and `notes`, anything that JSON can hold.
+    def save(self, step: int, tree: PyTree, notes: Notes) -> None:
+        """Saves the arrays of `tree`, and the notes.
 
-        **Raises:** `OSError` where it cannot be written; earlier checkpoints are as they were.
+        **Raises:** `OSError` where they cannot be written; earlier checkpoints are as they were.
         """
-        arrays = _named(tree)
-        about = {"shapes": _shapes(arrays), "notes": notes}
-        args = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-        )
-        whole = self.folder / str(step)
-        earlier = self.steps
+        arrays, earlier = to_host(named_arrays(tree)), self.steps
+
+        def write() -> None:
+            self.folder.mkdir(exist_ok=True)
+            digest = write_arrays(self.folder / f"{step}.npz", arrays)
+            record = notes.model_copy(update={"digest": digest})
+            write_record(self.folder / f"{step}.json", record)
+            # Later steps than this one are of damaged checkpoints.
+            kept = {str(one) for one in [one for one in self.steps if one <= step][-self.keep :]}
+            for path in self.folder.iterdir():
+                if path.stem.isdecimal() and path.stem not in kept:
+                    path.unlink()
+
         try:
-            self._manager.save(step, args=args, force=True)
-            by_lead(lambda: write_json(whole / _DIGESTS, _digests(whole)))
-        # What a full disk raises is up to the writer of the file that met it.
-        except Exception as error:
-            kept = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
-            reason = str(error).strip().split("\n")[0]
+            by_lead(write)
+        except OSError as error:
+            state = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
             raise OSError(
-                f"the checkpoint of step {step} could not be saved in {self.folder}: {reason}. "
-                f"{kept}; the same command goes on from there once there is room."
+                f"the checkpoint of step {step} could not be saved: {error} {state}; the same "
+                "command goes on from there once there is room."
             ) from error
 
-    def newest(
-        self, like: PyTree, warn: Callable[[str], None], *, set_aside: bool = False
-    ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest checkpoint that is sound: its step, the tree and the notes.
+    def newest(self, like: PyTree, warn: Callable[[str], None]) -> tuple[int, PyTree, Notes] | None:
+        """Restores the newest checkpoint that is sound: its step, the tree and the notes.
 
         **Arguments:**
 
         - `like`: a tree whose arrays, or their shapes, are those of the tree that was saved.
-        - `warn`: told of each damaged checkpoint.
-        - `set_aside`: whether damaged ones are renamed, so that a run can save in their place.
+        - `warn`: told of each checkpoint that is not used.
 
-        **Returns:** `None` where there never was one.
+        **Returns:** `None` where none was ever finished.
 
-        **Raises:** `ValueError` for checkpoints of another tree than `like`, and where all are
-        damaged.
+        **Raises:** `ValueError` where all are damaged, or of another tree than `like`.
         """
-        sound = by_lead(lambda: self._newest_sound(warn, set_aside))
-        self._manager.reload()  # what the lead has set aside is gone for all
-        return None if sound is None else (sound, *self._restore(sound, like))
-
-    def _newest_sound(self, warn: Callable[[str], None], set_aside: bool) -> int | None:
-        unsound: dict[int, str] = {}
-        sound = None
+        errors: list[DamagedFile] = []
         for step in reversed(self.steps):
-            wrong = _wrong(self.folder / str(step))
-            if wrong is None:
-                sound = step
-                break
-            unsound[step] = wrong
-        if sound is None and any(wrong != _UNFINISHED for wrong in unsound.values()):
-            listed = "\n".join(f"  step {step}: {wrong}" for step, wrong in unsound.items())
-            raise ValueError(
-                f"no checkpoint in {self.folder} is sound:\n{listed}\nDelete the folder to begin "
-                "again."
-            )
-        for step, wrong in unsound.items():
-            where = self._set_aside(step) if set_aside else self.folder / str(step)
-            warn(f"the checkpoint of step {step} is not used: {where} ({wrong})")
-        return sound
-
-    def _set_aside(self, step: int) -> Path:
-        names = (f"{step}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
-        aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
-        (self.folder / str(step)).rename(aside)
-        return aside
-
-    def _restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = self._manager.restore(step, args=args)["about"]
-        wanted = _named(like)
-        _check_shapes(self.folder, step, about["shapes"], _shapes(wanted))
-        structs = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in wanted.items()
-        }
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(structs))
-        return _filled(like, self._manager.restore(step, args=args)["arrays"]), about["notes"]
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Of every file in a checkpoint but that of the digests."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
-    digests = {}
-    for path in files:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        digests[path.relative_to(folder).as_posix()] = digest
-    return digests
-
-
-def _wrong(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint."""
-    try:
-        saved = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return _UNFINISHED
-    except ValueError:
-        return f"{_DIGESTS} is not as it was saved"
-    found = _digests(folder)
-    for name in sorted(saved.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if saved.get(name) != found[name]:
-            return f"{name} is not as it was saved"
-    return None
-
-
-def _named(tree: PyTree) -> Named:
-    """The arrays of a tree by their path in it; a key as the numbers it is made of."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): _data(leaf) for path, leaf in leaves if hasattr(leaf, "dtype")
-    }
-
-
-def _data(leaf: Any) -> Any:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        data = eqx.filter_eval_shape(jax.random.key_data, leaf)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-    return jax.random.key_data(leaf)
-
-
-def _filled(like: PyTree, arrays: Named) -> PyTree:
-    """`like` with the named arrays in their places."""
-
-    def fill(path: Any, leaf: Any) -> Any:
-        array = arrays.get(jax.tree_util.keystr(path))
-        if array is not None and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(array)
-        return leaf if array is None else array
-
-    return jax.tree.map_with_path(fill, like)
-
-
-def _shapes(arrays: Named) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
-
-
-def _check_shapes(folder: Path, step: int, got: dict[str, str], wanted: dict[str, str]) -> None:
-    found = differences(got, wanted, "expected")
-    if found:
-        raise ValueError(
-            f"the checkpoint of step {step} in {folder} is of another model:\n"
-            + "\n".join(found[:20])
-        )
+            path = self.folder / f"{step}.npz"
+            try:
+                notes = read_record(path.with_suffix(".json"), Notes)
+                arrays = read_arrays(path, "", notes.digest)
+            except DamagedFile as error:
+                errors.append(error)
+                continue
+            for error in errors:
+                warn(f"a checkpoint is not used: {error.path}: {error.what}")
+            return step, fill(like, arrays, path), notes
+        if errors:
+            reasons = "; ".join(f"{error.path.name}: {error.what}" for error in errors)
+            remedy = "Delete the folder to begin again."
+            raise DamagedFile(self.folder, f"no checkpoint is sound ({reasons})", remedy)
+        return None

@@ -1,12 +1,11 @@
-"""The devices a run is spread over, and the processes that hold them.
+"""The devices that a run is sharded over, and the processes that own them.
 
-Every process runs the same program on the same numbers; JAX makes one device set of all theirs.
-What differs is said here: which rows of a batch a process reads, and that one of them, the lead,
-writes and speaks for all.
+Every process runs the same program on the same numbers, and JAX makes one set of all their devices.
+Two things differ: which rows of a batch a process reads, and that one of them, the lead, writes
+files and prints.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,68 +18,44 @@ from jaxtyping import PyTree
 
 import mode
 
+from .options import Devices as Devices
+
 
 _MORE = (
     " XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment makes eight of a CPU."
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Devices:
-    """What to train on. None of it changes what is trained, but for rounding: a run goes on over
-    other devices than it began with."""
-
-    data: int = 1
-    """Devices that batch and parameters are divided over. A CPU counts as one; with
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment, as eight."""
-    expert: int = 1
-    """Devices that the experts are divided over, each `data` times; so is the batch."""
-    processes: int = 1
-    """How many processes there are, each started with this command and its own number. They read
-    the same files and write to the same folder."""
-    process: int = 0
-    """The number of this one, from 0."""
-    coordinator: str | None = None
-    """HOST:PORT at which process 0 can be reached by the others. "auto" asks the cluster for it and
-    for the two numbers above: Slurm, Open MPI, a TPU pod, Kubernetes."""
-
-    @property
-    def count(self) -> int:
-        """Of devices."""
-        return self.data * self.expert
-
-
 @contextlib.contextmanager
 def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
-    """Join the other processes, and set a mesh over all devices while the context lasts.
+    """Joins the other processes, and sets a mesh over all devices while the context lasts.
 
-    **Arguments:**
+    **Returns:** the mesh, with the axes `data` and `expert`; `None` for a single device.
 
-    - `batch`: sequences in one step, which are divided over all devices.
-
-    **Returns:** the mesh, of axes `data` and `expert`; `None` for a single device, on which nothing
-    is divided.
-
-    **Raises:** `ValueError` for devices that there are not, or that the batch does not divide over;
-    `ConnectionError` where one of several processes is gone.
+    **Raises:** `ValueError` for devices that do not exist, or over which the `batch` of sequences
+    does not divide; `ConnectionError` where one of several processes is gone.
     """
-    _check(devices, batch)
+    if batch % devices.count:
+        raise ValueError(
+            f"`batch` must divide over the {devices.count} devices, `data` times `expert`, got "
+            f"{batch}. The next that does is {batch + -batch % devices.count}."
+        )
     several = devices.processes > 1 or devices.coordinator is not None
-    if several:
+    if several or devices.process:
         _join(devices)
-    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if devices.count > len(found) or (several and devices.count != len(found)):
+    present = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if devices.count > len(present) or (several and devices.count != len(present)):
         raise ValueError(
             f"`data` times `expert` must be {'' if several else 'at most '}the number of devices, "
-            f"{len(found)} in {jax.process_count()} process(es), got {devices.data} times "
+            f"{len(present)} in {jax.process_count()} process(es), got {devices.data} times "
             f"{devices.expert}.{_MORE if jax.default_backend() == 'cpu' else ''}"
         )
     try:
         if devices.count == 1:
             yield None
         else:
-            # In the order of the processes: the rows of a batch that one has are neighbours.
-            grid = np.array(found[: devices.count]).reshape(devices.data, devices.expert)
+            # In the order of the processes: the rows of a batch that one reads are neighbours.
+            grid = np.array(present[: devices.count]).reshape(devices.data, devices.expert)
             mesh = Mesh(grid, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
             with jax.set_mesh(mesh):
                 yield mesh
@@ -95,37 +70,24 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
         jax.distributed.shutdown()
 
 
-def _check(devices: Devices, batch: int) -> None:
-    for name in ("data", "expert", "processes"):
-        if getattr(devices, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(devices, name)}.")
-    if batch % devices.count:
-        raise ValueError(
-            f"`batch` must divide over the {devices.count} devices, `data` times `expert`, got "
-            f"{batch}. The next that does is {batch + -batch % devices.count}."
-        )
-    if not 0 <= devices.process < devices.processes:
+def _join(devices: Devices) -> None:
+    if devices.process >= devices.processes:
         raise ValueError(
             f"`process` must be from 0 to {devices.processes - 1}, as `processes` is "
             f"{devices.processes}, got {devices.process}."
         )
-    if devices.processes > 1 and devices.coordinator is None:
+    if devices.coordinator is None:
         raise ValueError(
             f"`coordinator` must be given for {devices.processes} processes, as HOST:PORT of the "
             'first, such as "localhost:1234", or "auto".'
         )
-
-
-def _join(devices: Devices) -> None:
-    given = {}
-    if devices.coordinator != "auto":
-        given = {
-            "coordinator_address": devices.coordinator,
-            "num_processes": devices.processes,
-            "process_id": devices.process,
-        }
+    given: dict[str, Any] = {
+        "coordinator_address": devices.coordinator,
+        "num_processes": devices.processes,
+        "process_id": devices.process,
+    }
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**({} if devices.coordinator == "auto" else given))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"`coordinator` must be where process 0 can be reached, got {devices.coordinator!r}: "
@@ -133,70 +95,75 @@ def _join(devices: Devices) -> None:
         ) from error
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes and speaks."""
+def is_lead() -> bool:
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
-def by_lead(act: Callable[[], int | None]) -> int | None:
-    """Let the lead act while the others wait: all get the number it found, and fail where it does.
+def by_lead(act: Callable[[], object]) -> None:
+    """Lets the lead act while the others wait. All fail if it fails.
 
-    **Raises:** what `act` raises; `ValueError` in the processes that do not lead.
+    **Raises:** what `act` raises; `ValueError` in the other processes.
     """
-    if jax.process_count() == 1:
-        return act()
-    found, failed = None, None
-    if leads():
+    failure = None
+    if is_lead():
         try:
-            found = act()
+            act()
         except Exception as error:
-            failed = error
-    told = np.array([failed is not None, found is not None, found or 0])
-    failing, there, number = multihost_utils.broadcast_one_to_all(told).tolist()
-    if failed is not None:
-        raise failed
-    if failing:
-        raise ValueError("process 0 could not go on; what it met is said there.")
-    return number if there else None
+            failure = error
+    failed = on_any(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ValueError("process 0 could not go on; its own message says why.")
+
+
+def on_any(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def own_rows(batch: int) -> slice:
     """The rows of a batch that this process reads."""
-    share = batch // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows = batch // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
 def feed(rows: PyTree, mesh: Mesh | None) -> PyTree:
-    """A batch, divided over all devices, of which this process has read its own rows."""
+    """Makes a batch, sharded over all devices, of the rows that each process has read."""
     if mesh is None:
         return rows
 
     def whole(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(x) * jax.process_count(), *x.shape[1:]), x.dtype)
 
-    where = mode.placement(jax.tree.map(whole, rows), mesh, mode.BATCH)
+    shardings = mode.named_shardings(jax.tree.map(whole, rows), mesh, mode.BATCH_RULES)
     return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_process_local_data(sharding, x), rows, where
+        lambda x, sharding: jax.make_array_from_process_local_data(sharding, x), rows, shardings
     )
 
 
-def laid_out(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """The shapes of a tree's arrays, and where on the mesh they lie: on the one device without."""
+def with_shardings(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """The shapes of a tree's arrays with their shardings: one device where there is no mesh."""
     shapes, rest = eqx.partition(tree, lambda leaf: hasattr(leaf, "dtype"))
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    where = jax.tree.map(lambda _: here, shapes) if mesh is None else mode.placement(shapes, mesh)
+    single = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: single, shapes)
+    if mesh is not None:
+        shardings = mode.named_shardings(shapes, mesh)
     shapes = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        where,
+        shardings,
     )
     return eqx.combine(shapes, rest)
 
 
 def in_place(tree: PyTree) -> PyTree:
-    """Inside a program: its results lie on the devices where `mode.placement` has them."""
+    """Inside a program: shards its results as parameters are, where a mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else eqx.filter_shard(tree, mode.placement(tree, mesh))
+    return tree if mesh.empty else eqx.filter_shard(tree, mode.named_shardings(tree, mesh))
 
 
 def to_host(tree: PyTree) -> PyTree:

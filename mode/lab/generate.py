@@ -1,175 +1,156 @@
 """Text from a checkpoint, as it comes, and what was computed for it: `mode-lab generate`."""
 
-import dataclasses
-import math
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
+import pandas as pd
+from jaxtyping import Int
 from rich.console import Console
-from rich.table import Table
 
 import mode
 
-from .data import DOCUMENT_START
-from .files import write_atomically
-from .plots import plot_generated
+from .commands import Generating as Generating
+from .console import say
+from .corpus import DOCUMENT_START
+from .observe import router_places
+from .options import check_options
+from .routing_map import plot_generated
 from .run import load_run
+from .tables import to_console
 
 
 # Bytes per call: few enough that text appears to flow, enough that calls cost nothing.
 _PIECE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Generating:
-    """Continue a text with a trained model, byte by byte, and say what was computed for it."""
-
-    checkpoint: Path = Path("runs/train")
-    """Folder of a `mode-lab train` run; its newest checkpoint is taken."""
-    prompt: str = ""
-    """Text to continue. By default a new document begins."""
-    steps: int = 256
-    """Bytes to generate, at most: the end of the document ends the text."""
-    temperature: float = 0.8
-    """0 takes the likeliest byte, 1 samples from the model's own distribution."""
-    top_k: int | None = None
-    """Sample from so many likeliest bytes."""
-    top_p: float = 1.0
-    """Sample from the likeliest bytes that together have this probability."""
-    limit: float = 1.0
-    """Largest share of the text that a routed layer may take: the size of its cache. Tokens that
-    find it full go around, and are counted."""
-    seed: int = 0
-    """Of the sampling."""
-    plot: Path | None = None
-    """PNG of which bytes each routed layer computed; by default `generated.png` in the run's
-    folder."""
+def _to_stdout(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
 
 
 def run_generation(
-    generating: Generating, write: Callable[[bytes], object], console: Console
+    generating: Generating, console: Console, write: Callable[[bytes], object] = _to_stdout
 ) -> None:
-    """`write` the model's bytes as they come, whatever they are; print speed, realised compute and
-    the plot's place to `console`.
+    """Writes the model's bytes as they come; prints speed, computed tokens and the plot's path.
 
     **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
     """
-    sampler = mode.Sampler(generating.temperature, generating.top_k, generating.top_p)
-    if generating.steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {generating.steps}.")
-    arm, size, taken, trained = load_run(generating.checkpoint, console)
+    generating = check_options(generating)
     path = generating.plot or generating.checkpoint / "generated.png"
-    if not path.parent.is_dir():
+    if generating.plot is not None and not path.parent.is_dir():
         raise ValueError(f"`plot` must be a file in a folder that exists, got {path}.")
+    settings, arm, step, trained = load_run(generating.checkpoint, console)
     if not arm.samples:
         raise ValueError(
-            f"`checkpoint` must be of an arm whose tokens decide for themselves, got {arm.name!r}, "
-            "which draws its tokens from whole sequences: there is no text to sample from it."
+            f"`checkpoint` must be of an arm that routes tokens one by one, got {arm.name!r}, "
+            "which selects tokens of whole sequences at random: no text can be sampled from it."
         )
-    model = mode.unrolled(mode.causal(trained, by=arm.rule, limit=generating.limit))
-    console.print(f"{arm.name} after {taken} steps", highlight=False)
-    prompt = [DOCUMENT_START, *generating.prompt.encode("utf-8", "surrogateescape")]
-    total = len(prompt) + generating.steps
-    if total > size.length:
-        console.print(
-            f"{total} bytes are more than the {size.length} it saw at once in training: text may "
-            "get worse, and layers may take another share, from there on.",
-            highlight=False,
+    say(console, f"{arm.name} after {step} steps")
+    text = generating.prompt.encode()
+    prompt = [DOCUMENT_START, *text]
+    total, length = len(prompt) + generating.steps, settings.options.size.length
+    if total > length:
+        say(
+            console,
+            f"{total} bytes are more than the {length} of a sequence in training: text may get "
+            "worse, and layers may select another fraction, from there on.",
         )
-    pieces = _Pieces(model, prompt, generating.steps, sampler, generating.seed)
-    write(generating.prompt.encode("utf-8", "surrogateescape"))
-    for piece in pieces:
-        write(bytes(token for token in piece if token < DOCUMENT_START))
-    speed = f"{pieces.speed:.0f} a second after the first {_PIECE}, which compile"
-    console.print(
-        f"\n{len(pieces.tokens)} bytes{'' if math.isnan(pieces.speed) else f', {speed}'}",
-        highlight=False,
-    )
-    found = mode.entered(model, pieces.decoding)
-    if not found:
-        console.print("every layer computed every byte: nothing is routed", highlight=False)
+    model = mode.unstack_layers(arm.causal(trained, max_capacity=generating.max_capacity))
+    write(text)
+    generated = _generate(model, prompt, generating, write)
+    speed = generated.speed
+    after = f", {speed:.0f} a second after the first {_PIECE}, which compile" if speed else ""
+    say(console, f"\n{len(generated.tokens)} bytes{after}")
+    if not mode.routers(model):
+        say(console, "every layer computed every byte: nothing is routed")
         return
-    tokens = np.array([*prompt, *pieces.tokens])
-    # The last piece may have gone on behind the last byte asked for.
-    counts = [np.asarray(part.count)[:, 0, : len(tokens)] for part in found]
-    nested = arm.name == "mode-staged"  # the experts' router is inside the depth's
-    console.print(_table(found, counts, nested))
-    outer = np.concatenate(counts[:: 2 if nested else 1])
-    write_atomically(path, lambda beside: plot_generated(beside, tokens, outer, len(prompt)))
-    console.print(f"what was computed for which byte: {path}", highlight=False)
+    places = router_places(model)
+    console.print(_table(model, generated))
+    outer = [
+        (layer, row)
+        for number, place in enumerate(places)
+        if not place.nested
+        for layer, row in zip(place.layers, _counts(generated, number), strict=True)
+    ]
+    layers, counts = [layer for layer, _ in outer], np.stack([row for _, row in outer])
+    about = f"{arm.name} after {step} steps."
+    tokens = np.array([*prompt, *generated.tokens])
+    plot_generated(path, tokens, counts, len(prompt), layers, about)
+    say(console, f"what was computed for which byte: {path}")
 
 
-class _Pieces:
-    """The generated tokens, piece by piece; afterwards their speed, and where the text stands."""
+class _Generated(NamedTuple):
+    """The new tokens, their number per second (0 where all compiled), the routings of the prompt,
+    `[layers, 1, tokens]`, and those of the new tokens, `[tokens, layers, 1, 1]`."""
 
-    def __init__(
-        self,
-        model: mode.Transformer,
-        prompt: list[int],
-        steps: int,
-        sampler: mode.Sampler,
-        seed: int,
+    tokens: list[int]
+    speed: float
+    prompt: tuple[mode.Routing, ...]
+    new: tuple[mode.Routing, ...]
+
+
+def _generate(
+    model: mode.Transformer,
+    prompt: list[int],
+    generating: Generating,
+    write: Callable[[bytes], object],
+) -> _Generated:
+    sampler = mode.Sampler(generating.temperature, generating.top_k, generating.top_p)
+    keys, steps = jax.random.key(generating.seed)[None], generating.steps
+    # Whole pieces are computed, so that one program serves them all.
+    room = len(prompt) + -(-steps // _PIECE) * _PIECE
+    state, prompt_routings = mode.prefill(model, jnp.array([prompt]), max_tokens=room)
+    tokens: list[int] = []
+    pieces = []
+    compiled, began = 0, time.perf_counter()
+    while len(tokens) < steps and DOCUMENT_START not in tokens:
+        piece = mode.continue_generation(
+            model, state, steps=_PIECE, sampler=sampler, keys=keys, stop_token=DOCUMENT_START
+        )
+        state = piece.state
+        # As NumPy arrays: a slice of another length would be another program to compile.
+        new, lengths, routings = jax.device_get((piece.tokens, piece.lengths, piece.routings))
+        one = new[0, : int(lengths[0])].tolist()[: steps - len(tokens)]
+        write(bytes(token for token in one if token < DOCUMENT_START))
+        tokens += one
+        # The last piece may have gone on behind the last byte that was asked for.
+        pieces.append(jax.tree.map(lambda leaf, count=len(one): leaf[:count], routings))
+        if not compiled:
+            compiled, began = len(tokens), time.perf_counter()
+    speed = (len(tokens) - compiled) / (time.perf_counter() - began)
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
+    return _Generated(tokens, speed, jax.device_get(prompt_routings), joined)
+
+
+def _counts(generated: _Generated, number: int) -> Int[np.ndarray, "layers tokens"]:
+    """By how many experts of a router that is not nested each token was selected."""
+    prompt, new = (
+        np.asarray(jax.tree.map(jnp.asarray, some[number]).selected).sum(-1)
+        for some in (generated.prompt, generated.new)
+    )
+    return np.concatenate([prompt[:, 0], new[:, :, 0, 0].T], axis=1)
+
+
+def _table(model: mode.Transformer, generated: _Generated) -> object:
+    rows = []
+    for place, router, *both in zip(
+        router_places(model), mode.routers(model), generated.prompt, generated.new, strict=True
     ):
-        self.model = model
-        self.steps = steps
-        self.sampler = sampler
-        self.keys = jax.random.key(seed)[None]
-        # Whole pieces are computed, so that one program serves them all.
-        room = len(prompt) + -(-steps // _PIECE) * _PIECE
-        self.made: mode.Decoding | mode.Generation = mode.prefill(
-            model, jnp.array([prompt]), max_tokens=room
+        some = [jax.tree.map(jnp.asarray, routing) for routing in both]
+        computed = sum(int(routing.num_filled.sum()) for routing in some)
+        reached = sum(int(routing.valid.sum()) for routing in some)
+        rows.append(
+            {
+                "router": place.name,
+                "computed, of tokens that reached it": computed / max(reached, 1),
+                "capacity in training": float(router.capacity),
+                "dropped": sum(int(routing.num_dropped.sum()) for routing in some),
+            }
         )
-        self.tokens: list[int] = []
-        self.speed = float("nan")
-
-    @property
-    def decoding(self) -> mode.Decoding:
-        """Where the text stands."""
-        return self.made if isinstance(self.made, mode.Decoding) else self.made.decoding
-
-    def __iter__(self) -> Iterator[list[int]]:
-        after, began = 0, time.perf_counter()
-        done = False
-        while len(self.tokens) < self.steps and not done:
-            made = mode.sample(
-                self.model,
-                self.made,
-                steps=_PIECE,
-                sampler=self.sampler,
-                keys=self.keys,
-                stop=DOCUMENT_START,
-            )
-            self.made = made
-            # As NumPy's: a slice of another length would be another program to compile.
-            tokens, lengths, ended = map(np.asarray, (made.tokens, made.lengths, made.done))
-            done = bool(ended[0])
-            piece = tokens[0, : int(lengths[0])].tolist()[: self.steps - len(self.tokens)]
-            if not self.tokens:
-                after, began = len(piece), time.perf_counter()
-            self.tokens += piece
-            yield piece
-        computed = len(self.tokens) - after
-        self.speed = computed / (time.perf_counter() - began) if computed else float("nan")
-
-
-def _table(found: list[mode.Entered], counts: list[np.ndarray], nested: bool) -> Table:
-    table = Table(box=rich.box.SIMPLE)
-    table.add_column("router")
-    for name in ("computed, of what came", "trained for", "turned away"):
-        table.add_column(name, justify="right")
-    for place, (part, count) in enumerate(zip(found, counts, strict=True)):
-        inner = nested and place % 2 == 1
-        came = counts[place - 1].sum() if inner else count.size
-        refused = np.asarray(part.refused)[:, 0].sum()
-        table.add_row(
-            str(place + 1),
-            f"{count.sum() / max(came, 1):.3f}",
-            f"{part.trained:.3f}",
-            str(refused),
-        )
-    return table
+    formats = {"computed, of tokens that reached it": ".3f", "capacity in training": ".3f"}
+    return to_console(pd.DataFrame(rows), formats)

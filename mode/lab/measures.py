@@ -1,41 +1,36 @@
-"""What was computed for whom, as numbers: pure functions of tokens, selections and logits.
+"""Measures of predictions and of compute: pure functions of tokens, logits and selections.
 
-Tokens are flat here, those that count of all sequences together, and `sequence` says whose each is:
-uncertainty is over sequences, as tokens of one sequence compete for the same slots and are about
-the same things.
+Arrays of tokens are flat: the tokens of all sequences that count, one after the other. Intervals
+are over sequences, as tokens of one sequence compete for the same slots and share a topic.
 """
 
-import dataclasses
+import warnings
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Float, Int, Integer
+from scipy import special, stats
 
 from .data import DOCUMENT_START
 
 
-# In the order of their numbers.
-CLASSES = {
-    "document start": "the token before the first byte of a file",
-    "space": "the ASCII bytes 9 to 13 and 32: tab, line ends, blank",
-    "punctuation": "every other byte below 128, control characters among them",
-    "digit": "0 to 9, inside words too",
-    "word start": "a letter, underscore or byte of 128 and above (UTF-8 beyond ASCII) that follows "
-    "none of these and no digit",
-    "word inside": "a letter, underscore or byte of 128 and above that follows one, or a digit",
-}
+# Classes of bytes, in the order of their numbers; texts/byte_classes.md defines them.
+CLASSES = ("document start", "space", "punctuation", "digit", "word start", "word inside")
 _START, _SPACE, _PUNCTUATION, _DIGIT, _WORD_START, _WORD_INSIDE = range(len(CLASSES))
 _BINS = 48
 
+# Of sequences by number, drawn with replacement, to the numbers that these sequences give.
+Statistic = Callable[[Int[np.ndarray, " sequences"]], Float[np.ndarray, " values"]]
+
 
 def byte_classes(tokens: Integer[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
-    """The number of each token's class in `CLASSES`, of a text in its order.
+    """Finds the class of each token of a text, as a number of `CLASSES`.
 
-    The very first token has none before it, and follows a document's start as it were.
+    The first token counts as one that follows a document start.
 
     >>> import numpy as np
     >>> text = np.frombuffer(b"def f2(x_1):", np.uint8)
-    >>> [list(CLASSES)[number] for number in byte_classes(text)][3:8]
+    >>> [CLASSES[number] for number in byte_classes(text)][3:8]
     ['space', 'word start', 'digit', 'punctuation', 'word start']
     """
     lower = tokens | 0x20
@@ -49,210 +44,108 @@ def byte_classes(tokens: Integer[np.ndarray, " tokens"]) -> Int[np.ndarray, " to
     return np.select(kinds, numbers, _PUNCTUATION)
 
 
-def log_probabilities(logits: Float[np.ndarray, "*axes vocab"]) -> Float[np.ndarray, "*axes vocab"]:
-    """Of each next token, in bits, float64."""
-    shifted = logits.astype(np.float64)
-    shifted = shifted - shifted.max(-1, keepdims=True)
-    return (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))) / np.log(2)
-
-
 def prediction_entropy(logits: Float[np.ndarray, "*axes vocab"]) -> Float[np.ndarray, "*axes"]:
-    """The entropy of the next-token distribution, in bits.
+    """Computes the entropy of the distribution of the next token, in bits.
 
     >>> import numpy as np
     >>> prediction_entropy(np.array([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, -1e9, -1e9]])).tolist()
     [2.0, 1.0]
     """
-    logs = log_probabilities(logits)
-    probability = np.exp2(logs)
-    # A logit of minus infinity is a probability of 0, and adds nothing.
-    return -np.where(probability > 0, probability * np.where(probability > 0, logs, 0), 0).sum(-1)
+    probabilities = special.softmax(logits.astype(np.float64), axis=-1)
+    return np.asarray(stats.entropy(probabilities, base=2, axis=-1))
 
 
-def chance(rates: Float[np.ndarray, " takers"]) -> Float[np.ndarray, " counts"]:
-    """How many take a token, 0 to all, if each took its share of them whatever the others do.
+def bootstrap(
+    statistic: Statistic, sequences: int, *, seed: int, draws: int
+) -> Float[np.ndarray, "values 3"]:
+    """Estimates numbers and their 95 % intervals, by drawing whole sequences with replacement.
 
-    **Arguments:**
-
-    - `rates`: of each expert or block, the share of the tokens that it takes.
-
-    >>> import numpy as np
-    >>> chance(np.array([0.5, 0.5])).tolist()
-    [0.25, 0.5, 0.25]
+    **Returns:** each number, and the ends of its percentile interval. The ends are NaN for fewer
+    than two sequences, or where at least half of the draws leave the number undefined.
     """
-    found = np.ones(1)
-    for rate in rates:
-        found = np.convolve(found, [1 - rate, rate])
-    return found
-
-
-# A number for every bootstrap weight of the tokens; NaN where it is not defined.
-Statistic = Callable[[Float[np.ndarray, " tokens"]], Float[np.ndarray, "*values"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A number of a text and its 95 % interval over texts like it.
-
-    **Attributes:**
-
-    - `value`: NaN where it is not defined.
-    - `low`, `high`: of the percentile bootstrap over sequences; NaN for fewer than two.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def resamples(sequences: int, count: int, seed: int) -> Int[np.ndarray, "count sequences"]:
-    """How often each sequence is drawn, in `count` draws of as many as there are, with return."""
-    even = np.full(sequences, 1 / sequences)
-    return np.random.default_rng(seed).multinomial(sequences, even, size=count)
-
-
-def estimates(
-    statistic: Statistic,
-    sequence: Int[np.ndarray, " tokens"],
-    draws: Int[np.ndarray, "count sequences"],
-) -> list[Estimate]:
-    """Each of a statistic's numbers, with its interval.
-
-    **Arguments:**
-
-    - `statistic`: of weights of the tokens.
-    - `sequence`: whose each token is, from 0.
-    - `draws`: from `resamples`.
-    """
-    values = np.atleast_1d(statistic(np.ones(len(sequence))))
+    values = statistic(np.arange(sequences))
     bounds = np.full((2, len(values)), np.nan)
-    if draws.shape[1] > 1:
-        drawn = np.stack([np.atleast_1d(statistic(row[sequence])) for row in draws.astype(float)])
-        for place in range(len(values)):
-            known = drawn[np.isfinite(drawn[:, place]), place]
-            # Where most draws leave it undefined, the rest do not say how it varies.
-            if 2 * len(known) > len(drawn):
-                bounds[:, place] = np.quantile(known, [0.025, 0.975])
-    return [Estimate(*map(float, found)) for found in zip(values, *bounds, strict=True)]
+    if sequences > 1:
+        with warnings.catch_warnings():
+            # Some draws leave a number undefined; its quantiles are taken below.
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            result = stats.bootstrap(
+                (np.arange(sequences),),
+                lambda rows, axis: np.apply_along_axis(statistic, axis, rows).T,
+                vectorized=True,
+                n_resamples=draws,
+                method="percentile",
+                rng=seed,
+            )
+        drawn = result.bootstrap_distribution
+        known = np.isfinite(drawn).mean(axis=-1) > 0.5
+        bounds[:, known] = np.nanquantile(drawn[known], [0.025, 0.975], axis=-1)
+    return np.stack([values, *bounds], axis=-1)
 
 
-def pearson(
+def correlations(
     x: Float[np.ndarray, " tokens"],
     y: Float[np.ndarray, " tokens"],
-    weight: Float[np.ndarray, " tokens"],
-) -> Float[np.ndarray, ""]:
-    """The linear correlation of weighted pairs; NaN where either of them does not vary."""
-    used = weight > 0
-    if not used.any() or any(np.ptp(values[used]) == 0 for values in (x, y)):
-        return np.asarray(np.nan)
-    total = weight.sum()
-    x, y = (values - np.sum(weight * values) / total for values in (x, y))
-    squares = np.sum(weight * x * x) * np.sum(weight * y * y)
-    return np.asarray(np.sum(weight * x * y) / np.sqrt(squares))
+    sequence: Int[np.ndarray, " tokens"],
+) -> Statistic:
+    """Makes a statistic of Pearson's and Spearman's correlation of two numbers of the tokens.
 
+    **Arguments:**
 
-def ranker(
-    values: Float[np.ndarray, " tokens"],
-) -> Callable[[Float[np.ndarray, " tokens"]], Float[np.ndarray, " tokens"]]:
-    """From weights to ranks, equal values sharing the middle one: `pearson` of such is Spearman's.
+    - `sequence`: the number of the sequence of each token.
 
-    A token of weight 2 counts as two. Sorted once, so that a thousand draws are quick.
+    The numbers are NaN where `x` or `y` is constant. `scipy.stats` correlates no weighted values,
+    and would rank them anew for every draw.
     """
-    _, group = np.unique(values, return_inverse=True)
+    groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
 
-    def ranks(weight: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " tokens"]:
+    def ranks(group: Int[np.ndarray, " tokens"], weight: np.ndarray) -> np.ndarray:
         mass = np.bincount(group, weight)
-        return (np.cumsum(mass) - mass / 2)[group]
+        return (np.cumsum(mass) - mass / 2)[group]  # equal values share the middle rank
 
-    return ranks
-
-
-def correlations(x: Float[np.ndarray, " tokens"], y: Float[np.ndarray, " tokens"]) -> Statistic:
-    """Pearson's and Spearman's, as a statistic of weights."""
-    ranks_of_x, ranks_of_y = ranker(x), ranker(y)
-
-    def both(weight: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, "2"]:
-        rank = pearson(ranks_of_x(weight), ranks_of_y(weight), weight)
-        return np.stack([pearson(x, y, weight), rank])
+    def both(rows: Int[np.ndarray, " sequences"]) -> Float[np.ndarray, "2"]:
+        weight = np.bincount(rows, minlength=sequence.max() + 1)[sequence].astype(float)
+        if any(np.ptp(group[weight > 0]) == 0 for group in groups):
+            return np.full(2, np.nan)
+        ranked = [ranks(group, weight) for group in groups]
+        covariances = (np.cov(np.stack(pair), ddof=0, aweights=weight) for pair in ((x, y), ranked))
+        return np.array([c[0, 1] / np.sqrt(c[0, 0] * c[1, 1]) for c in covariances])
 
     return both
 
 
-def class_totals(
-    classes: Int[np.ndarray, " tokens"],
-    values: Float[np.ndarray, " tokens"],
-    weight: Float[np.ndarray, " tokens"],
-) -> Float[np.ndarray, " classes"]:
-    """The sum of `values` over the tokens of each class."""
-    return np.bincount(classes, weight * values, minlength=len(CLASSES))
-
-
 def class_ratios(
-    classes: Int[np.ndarray, " tokens"], compute: Float[np.ndarray, " tokens"]
+    tokens: Float[np.ndarray, "sequences classes"], compute: Float[np.ndarray, "sequences classes"]
 ) -> Statistic:
-    """A class's share of the compute over its share of the tokens, as a statistic of weights.
+    """Makes a statistic of each class's fraction of the compute over its fraction of the tokens.
 
-    1 is as much for its tokens as for the average one; NaN for a class that does not occur.
+    It is 1 where the tokens of a class get as much compute as the average token, and NaN for a
+    class without tokens.
+
+    **Arguments:**
+
+    - `tokens`, `compute`: the number of tokens of each class in each sequence, and their compute.
     """
 
-    def ratios(weight: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " classes"]:
-        tokens = class_totals(classes, np.ones_like(compute), weight)
-        spent = class_totals(classes, compute, weight)
+    def ratios(rows: Int[np.ndarray, " sequences"]) -> Float[np.ndarray, " classes"]:
+        count, spent = tokens[rows].sum(0), compute[rows].sum(0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = (spent / spent.sum()) / (tokens / tokens.sum())
-        return np.where(np.isfinite(found), found, np.nan)
+            return (spent / spent.sum()) / (count / count.sum())
 
     return ratios
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """How a set of numbers is spread.
-
-    **Attributes:**
-
-    - `count`: how many there are; with none, all else is NaN.
-    - `mean`: of them.
-    - `quantiles`: at 5, 25, 50, 75 and 95 %.
-    """
-
-    count: int
-    mean: float
-    quantiles: tuple[float, ...]
-
-
-def spread(values: Float[np.ndarray, " values"]) -> Spread:
-    """Of numbers in any order."""
-    if not len(values):
-        return Spread(0, np.nan, (np.nan,) * 5)
-    values = values.astype(np.float64)
-    found = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
-    return Spread(len(values), float(values.mean()), tuple(map(float, found)))
-
-
 def bin_edges(values: Float[np.ndarray, " values"]) -> Float[np.ndarray, " edges"]:
-    """Even bins over nearly all of the numbers; the first and last bin hold what lies outside.
-
-    The outermost thousandth on each side would squeeze the rest into a few bins.
-    """
+    """Computes the edges of even bins over all values but the outermost thousandth on each side,
+    which would squeeze the rest into a few bins."""
     low, high = np.quantile(values, [0.001, 0.999]) if len(values) else (0.0, 1.0)
-    least = 1e-6 * max(1.0, abs(low))  # equal numbers get a bin around them
+    least = 1e-6 * max(1.0, abs(low))  # equal values get a bin around them
     middle, half = (low + high) / 2, max(high - low, least) / 2
     return np.linspace(middle - half, middle + half, _BINS + 1)
 
 
-def binned(
+def count_in_bins(
     values: Float[np.ndarray, " values"], edges: Float[np.ndarray, " edges"]
 ) -> Int[np.ndarray, " bins"]:
-    """How many of the numbers each bin holds, those beyond the ends in the last ones."""
+    """Counts the values in each bin; the first and the last bin hold those beyond them as well."""
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-
-
-def expert_shares(
-    selected: Bool[np.ndarray, "layers sequences tokens experts"],
-    counted: Bool[np.ndarray, "layers sequences tokens"],
-) -> Float[np.ndarray, "layers experts"]:
-    """The share of a layer's tokens that each expert took; NaN where no token came."""
-    taken = np.sum(selected & counted[..., None], axis=(1, 2))
-    came = np.sum(counted, axis=(1, 2))[:, None]
-    return np.where(came > 0, taken / np.maximum(came, 1), np.nan)

@@ -1,10 +1,10 @@
-"""The order in which `mode-lab plan` tries meshes."""
+"""The meshes that `mode-lab plan` tries, in their order."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
 
-from mode.testing import mesh_for
+from mode.aot import mesh_for
 
 
 # Topologies of a search grow to so many chips a side, and so many in all.
@@ -12,44 +12,34 @@ _LONGEST_SIDE, _MOST_CHIPS = 16, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Devices and their arrangement."""
+class MeshOf:
+    """The devices of a target, and their arrangement as `data` times `expert`."""
 
     target: str
-    axes: dict[str, int]
+    data: int
+    expert: int
 
     @property
-    def devices(self) -> int:
-        """How many there are."""
-        return math.prod(self.axes.values())
+    def axes(self) -> dict[str, int]:
+        """Its axes, as JAX takes them."""
+        return {"data": self.data, "expert": self.expert}
 
-    @property
-    def named(self) -> str:
-        """The axes, in words."""
-        return " x ".join(f"{name} {size}" for name, size in self.axes.items())
+    def __str__(self) -> str:
+        return f"{self.target} as data {self.data} x expert {self.expert}"
 
 
-def meshes(devices: int, experts: int) -> list[dict[str, int]]:
-    """All that the experts divide over, from the most devices along `expert` to the fewest."""
+def meshes(target: str, experts: int) -> list[MeshOf]:
+    """All over which the experts divide, from the most devices along `expert` to the fewest."""
+    devices = mesh_for(target).size
     most = math.gcd(devices, experts)
-    return [
-        {"data": devices // expert, "expert": expert}
-        for expert in range(most, 0, -1)
-        if most % expert == 0
-    ]
-
-
-def places(target: str, asked: list[dict[str, int]], experts: int) -> Iterator[Place]:
-    """The meshes asked for, and then those of ever larger topologies of the generation."""
-    yield from (Place(target, axes) for axes in asked)
-    for larger in larger_topologies(target):
-        yield from (Place(larger, axes) for axes in meshes(mesh_for(larger).size, experts))
+    sizes = (expert for expert in range(most, 0, -1) if most % expert == 0)
+    return [MeshOf(target, devices // expert, expert) for expert in sizes]
 
 
 def larger_topologies(target: str) -> Iterator[str]:
     """Of the same generation, each of twice the chips: the shortest side is doubled.
 
-    A single chip is followed by a host of four: what lies between is not there.
+    A single chip is followed by a host of four: there is nothing between them.
     """
     head, _, shape = target.rpartition(":")
     if not target.startswith("tpu"):

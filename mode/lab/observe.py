@@ -1,249 +1,216 @@
-"""What a model did on a text under a selection: its predictions, and every router's decisions."""
+"""Observations of a model on a text: its predictions, and every decision of its routers."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from scipy import special
 
 import mode
 
 from .data import Batch, Sequences
-from .measures import expert_shares, log_probabilities, prediction_entropy
+from .measures import prediction_entropy
 
 
-# Tokens of one forward pass: a run's own batch may have been for many devices.
-_AT_ONCE = 2**14
-
-# Weights and selection, `[*layers, batch, tokens or slots, experts]`.
-_Weighed = tuple[Array, Array]
+# Tokens in one forward pass, at most: the batch of a run may be one for many devices.
+_MAX_TOKENS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
-class Router:
-    """What one router did, in all the layers that are scanned over with it.
+class RouterPlace:
+    """The layers that one router serves.
 
     **Attributes:**
 
     - `layers`: their numbers in the model, from 1 at the bottom.
-    - `nested`: whether it is inside a routed block, so that its tokens are that block's slots.
-    - `weight`: `[layers, sequences, tokens, experts]`, the gate's output, which multiplies what an
-        expert returns for the tokens that it takes and nothing for the others.
-    - `selected`: of the same shape, whether the expert took the token.
-    - `noop`: `[layers, sequences, tokens]`, the probability of all no-ops together; `None` for a
-        router without.
-    - `counted`: `[layers, sequences, tokens]`, whether the token is one that counts.
+    - `nested`: whether the router is inside a routed block: its tokens are that block's slots.
     """
 
     layers: tuple[int, ...]
     nested: bool
-    weight: Float[np.ndarray, "layers sequences tokens experts"]
-    selected: Bool[np.ndarray, "layers sequences tokens experts"]
-    noop: Float[np.ndarray, "layers sequences tokens"] | None
-    counted: Bool[np.ndarray, "layers sequences tokens"]
+
+    @property
+    def name(self) -> str:
+        """The name of the router in tables and pictures."""
+        return name_layers(self.layers) + (", inside the block" if self.nested else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """A model on some sequences, under one selection.
+def name_layers(layers: Sequence[int]) -> str:
+    """Names layers by their numbers.
+
+    >>> name_layers([2]), name_layers([2, 4]), name_layers(range(1, 9))
+    ('layer 2', 'layers 2, 4', 'layers 1, 2 ... 8')
+    """
+    numbers = [str(layer) for layer in layers]
+    if len(numbers) > 6:
+        return f"layers {numbers[0]}, {numbers[1]} ... {numbers[-1]}"
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
+
+def router_places(model: mode.Transformer) -> list[RouterPlace]:
+    """Finds the layers of each router, in the order of the model's routings."""
+    places = []
+    below = 0
+    for stack in model.stacks:
+        period = len(stack.layers)
+        for number, layer in enumerate(stack.layers, 1):
+            layers = tuple(below + number + period * repeat for repeat in range(stack.repeats))
+            is_depth = isinstance(layer, mode.MixtureOfDepths)
+            for position in range(len(mode.routers(layer))):
+                places.append(RouterPlace(layers, nested=is_depth and position > 0))
+        below += period * stack.repeats
+    return places
+
+
+class RouterObservation(eqx.Module):
+    """The decisions of one router.
 
     **Attributes:**
 
-    - `entropy`: `[sequences, tokens]`, of the next-byte prediction made at the token, in bits.
-    - `loss`: `[sequences, tokens]`, bits that the byte that came cost.
-    - `counted`: `[sequences, tokens]`, false for padding and where the document ends.
-    - `routers`: from the bottom to the top, and of nested ones from the outermost to the innermost.
+    - `weight`: the gate's output, by which an expert's output is multiplied where it is selected.
+    - `selected`: whether the expert selected the token.
+    - `noop`: the probability of all no-op experts together; `None` for a router without.
+    - `counted`: whether the token counts.
+    - `place`: the layers of the router.
+    """
+
+    weight: Float[np.ndarray, "sequences layers tokens experts"]
+    selected: Bool[np.ndarray, "sequences layers tokens experts"]
+    noop: Float[np.ndarray, "sequences layers tokens"] | None
+    counted: Bool[np.ndarray, "sequences layers tokens"]
+    place: RouterPlace = eqx.field(static=True)
+
+
+class Observation(eqx.Module):
+    """A model on some sequences, under one rule of selection.
+
+    **Attributes:**
+
+    - `entropy`: of the prediction of the next byte that is made at the token, in bits.
+    - `loss`: the bits of the byte that came.
+    - `counted`: false for padding, and where the next byte is in another document.
+    - `routers`: from the lowest to the highest, and from the outermost to the innermost.
     """
 
     entropy: Float[np.ndarray, "sequences tokens"]
     loss: Float[np.ndarray, "sequences tokens"]
     counted: Bool[np.ndarray, "sequences tokens"]
-    routers: tuple[Router, ...]
+    routers: tuple[RouterObservation, ...]
 
     @property
-    def bits(self) -> float:
-        """Bits per byte."""
-        return float(self.loss[self.counted].mean())
+    def outer(self) -> list[RouterObservation]:
+        """The routers that are not nested."""
+        return [router for router in self.routers if not router.place.nested]
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The numbers of the routed layers, from the bottom to the top."""
-        return tuple(
-            sorted(n for router in self.routers if not router.nested for n in router.layers)
-        )
+        """The numbers of the routed layers, from the lowest to the highest."""
+        return tuple(sorted(layer for router in self.outer for layer in router.place.layers))
 
     @property
-    def taken(self) -> Int[np.ndarray, "layers sequences tokens"]:
-        """How many experts of each routed layer took a token; of a nested layer, its block."""
-        outer = [router for router in self.routers if not router.nested]
-        if not outer:
-            return np.zeros((0, *self.counted.shape), np.int64)
-        order = np.argsort([n for router in outer for n in router.layers], kind="stable")
-        return np.concatenate([router.selected.sum(-1) for router in outer])[order]
+    def counts(self) -> Int[np.ndarray, "layers sequences tokens"]:
+        """How many experts of each routed layer selected a token. A routed block is one expert;
+        what it contains is not counted."""
+        counts = np.zeros((len(self.layers), *self.counted.shape), int)
+        for router in self.outer:
+            layers = np.searchsorted(self.layers, router.place.layers)
+            counts[layers] = np.moveaxis(router.selected.sum(-1), 1, 0)
+        return counts
 
     @property
-    def most(self) -> int:
-        """The largest number that the layers of `taken` can add up to."""
-        outer = (router for router in self.routers if not router.nested)
-        return sum(len(router.layers) * router.weight.shape[-1] for router in outer)
-
-    @property
-    def rates(self) -> Float[np.ndarray, " takers"]:
-        """The share of the counted tokens that each expert of each layer took."""
-        outer = (router for router in self.routers if not router.nested)
-        shares = [expert_shares(router.selected, router.counted).ravel() for router in outer]
-        return np.concatenate([np.zeros(0), *shares])
-
-
-def places_of(model: mode.Transformer) -> list[tuple[tuple[int, ...], bool]]:
-    """Of each router, in the order of the routings: its layers, and whether it is nested."""
-    places = []
-    first = 1
-    for stack in model.stacks:
-        period = len(stack.layers)
-        for place, layer in enumerate(stack.layers):
-            layers = tuple(first + place + period * repeat for repeat in range(stack.repeats))
-            inside = isinstance(layer, mode.MixtureOfDepths)
-            count = len(mode.routers(layer))
-            places += [(layers, inside and number > 0) for number in range(count)]
-        first += period * stack.repeats
-    return places
+    def fractions(self) -> Float[np.ndarray, " choices"]:
+        """The fraction of the counted tokens that each expert of each routed layer selected."""
+        selected = (np.moveaxis(router.selected, 1, 2)[self.counted] for router in self.outer)
+        return np.concatenate([np.zeros(0), *(part.mean(0).ravel() for part in selected)])
 
 
 @eqx.filter_jit
 def _forward(
-    model: mode.Transformer,
-    sample: dict[str, Int[Array, "batch sample"]],
-    key: PRNGKeyArray,
-) -> tuple[
-    Float[Array, "batch tokens vocab"],
-    Float[Array, "batch tokens"],
-    tuple[mode.Routing, ...],
-    list[_Weighed],
-]:
+    model: mode.Transformer, sample: dict[str, Int[Array, "batch sample"]], key: PRNGKeyArray
+) -> dict[str, Any]:
     batch = Batch.of(sample)
     logits, routings = model(batch.inputs, batch.info, key=key)
 
-    def weighed(router: mode.Router, routing: mode.Routing) -> _Weighed:
-        # The record has the weights of the taken alone.
-        return router.gate(routing.logits, routing.selected), routing.selected
+    def arrays(router: mode.Router, routing: mode.Routing) -> tuple[Array, ...]:
+        # The record has the weights of the selected tokens alone.
+        weight = router.gate(routing.logits, routing.selected)
+        return weight, routing.selected, routing.logits, routing.index
 
-    return logits, batch.weights, routings, mode.for_each_router(weighed, model, routings)
+    # Sequences before layers, as in all that is observed.
+    routers = mode.map_router_routings(arrays, model, routings)
+    routers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), routers)
+    counted = batch.weights > 0
+    return {"logits": logits, "targets": batch.targets, "counted": counted, "routers": routers}
 
 
 def observe(
     model: mode.Transformer,
     source: Sequences,
-    places: Sequence[int],
+    rows: Sequence[int],
     *,
     batch: int,
     key: PRNGKeyArray,
-) -> Observed:
-    """Run the sequences of `source` at `places` through the model as it stands.
+) -> Observation:
+    """Runs some sequences through a model as it is.
 
     **Arguments:**
 
-    - `batch`: sequences at once, at most.
-    - `key`: for selections that draw random numbers.
+    - `rows`: the numbers of the sequences in `source`.
+    - `batch`: sequences in one forward pass, at most.
+    - `key`: for selectors that draw random numbers.
 
     **Raises:** `ValueError` where no target counts, or a prediction is not finite.
     """
-    rows = max(1, min(batch, _AT_ONCE // source.length))
-    where = places_of(model)
-    parts = [
-        _part(
-            model, source, places[first : first + rows], rows, where, jax.random.fold_in(key, first)
-        )
-        for first in range(0, len(places), rows)
-    ]
-    routers = tuple(_joined([part.routers[n] for part in parts]) for n in range(len(where)))
-    found = Observed(
-        np.concatenate([part.entropy for part in parts]),
-        np.concatenate([part.loss for part in parts]),
-        np.concatenate([part.counted for part in parts]),
-        routers,
-    )
-    _check(found)
-    return found
-
-
-def _part(
-    model: mode.Transformer,
-    source: Sequences,
-    places: Sequence[int],
-    rows: int,
-    where: list[tuple[tuple[int, ...], bool]],
-    key: PRNGKeyArray,
-) -> Observed:
-    samples = [source[int(place)] for place in places]
-    # All padding behind the last sequence: one program serves every part.
-    samples += [jax.tree.map(np.zeros_like, samples[0])] * (rows - len(samples))
-    sample = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
-    found = _forward(model, jax.tree.map(jnp.asarray, sample), key)
-    logits, weights, routings, weighed = jax.device_get(found)
-    kept = slice(len(places))
-    counted = weights[kept] > 0
-    logs = log_probabilities(logits[kept])
-    targets = sample["tokens"][kept, 1:, None]
-    loss = -np.take_along_axis(logs, targets, axis=-1)[..., 0]
-    routers = []
-    inside = counted
-    for (layers, nested), routing, (weight, selected) in zip(where, routings, weighed, strict=True):
-        came = np.broadcast_to(counted, (len(layers), *counted.shape))
-        if nested:
-            came = inside
-        elif routing.num_experts == 1:
-            inside = _at_slots(counted, routing.index[:, kept, 0])
-        noop = _noop(routing, kept)
-        routers.append(Router(layers, nested, weight[:, kept], selected[:, kept], noop, came))
-    return Observed(prediction_entropy(logits[kept]), loss, counted, tuple(routers))
-
-
-def _at_slots(
-    counted: Bool[np.ndarray, "sequences tokens"],
-    index: Int[np.ndarray, "layers sequences slots"],
-) -> Bool[np.ndarray, "layers sequences slots"]:
-    """Whether the token in each slot counts; an empty slot's, one past the last, does not."""
-    behind = np.pad(counted, ((0, 0), (0, 1)))
-    return np.take_along_axis(np.broadcast_to(behind, (len(index), *behind.shape)), index, axis=-1)
-
-
-def _noop(
-    routing: mode.Routing, kept: slice
-) -> Float[np.ndarray, "layers sequences tokens"] | None:
-    experts = routing.num_experts
-    logits = np.asarray(routing.logits)[:, kept]
-    if logits.shape[-1] == experts:
-        return None
-    return np.exp2(log_probabilities(logits))[..., experts:].sum(-1)
-
-
-def _joined(parts: list[Router]) -> Router:
-    def along(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts], axis=1)
-
-    noop = None if parts[0].noop is None else along("noop")
-    return Router(
-        parts[0].layers,
-        parts[0].nested,
-        along("weight"),
-        along("selected"),
-        noop,
-        along("counted"),
-    )
-
-
-def _check(found: Observed) -> None:
-    if not found.counted.any():
+    batch = max(1, min(batch, _MAX_TOKENS // source.length))
+    places = router_places(model)
+    parts = []
+    for first in range(0, len(rows), batch):
+        samples = [source[int(row)] for row in rows[first : first + batch]]
+        size = len(samples)
+        # Padding follows the last sequence: one program runs every part.
+        samples += [jax.tree.map(np.zeros_like, samples[0])] * (batch - size)
+        sample = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *samples)
+        output = _forward(model, sample, jax.random.fold_in(key, first))
+        output = jax.tree.map(lambda x, size=size: np.asarray(x)[:size], output)
+        parts.append(_observation(output, places))
+    observation: Observation = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    if not observation.counted.any():
         raise ValueError(
-            "`data` must have at least one byte that is followed by another of its file, got none "
-            "in the sequences that were taken."
+            "`data` must have at least one byte that follows another one of its file, got none in "
+            "the sequences that were read."
         )
-    if not np.isfinite(found.entropy[found.counted]).all():
+    if not np.isfinite(observation.entropy[observation.counted]).all():
         raise ValueError(
             "`checkpoint` must be of a model whose predictions are finite, got one with logits "
             "that are not numbers."
         )
+    return observation
+
+
+def _observation(output: dict[str, Any], places: list[RouterPlace]) -> Observation:
+    logits = output["logits"].astype(np.float64)
+    log_probability = special.log_softmax(logits, axis=-1) / np.log(2)
+    loss = -np.take_along_axis(log_probability, output["targets"][..., None], axis=-1)[..., 0]
+    counted = counted_slots = output["counted"]
+    routers = []
+    for place, router in zip(places, output["routers"], strict=True):
+        weight, selected, logits, index = router
+        experts = weight.shape[-1]
+        reached = counted_slots
+        if not place.nested:
+            reached = np.repeat(counted[:, None], len(place.layers), axis=1)
+            # Whether the token in each slot counts. An empty slot has one index past the last.
+            padded = np.pad(reached, ((0, 0), (0, 0), (0, 1)))
+            counted_slots = np.take_along_axis(padded, index[:, :, 0], axis=-1)
+        noop = None
+        if logits.shape[-1] > experts:
+            probability = special.softmax(logits.astype(np.float64), axis=-1)
+            noop = probability[..., experts:].sum(-1)
+        routers.append(RouterObservation(weight, selected, noop, reached, place))
+    entropy = prediction_entropy(output["logits"])
+    return Observation(entropy, loss, counted, tuple(routers))

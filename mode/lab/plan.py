@@ -4,214 +4,140 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
 
 import jax
-import tyro
 from rich.console import Console
 
 import mode
-from mode.testing import memory_of, mesh_for
+from mode.aot import device_memory_bytes, mesh_for
 
-from .arms import NAMES, Size, arms_named
-from .footprint import Counted, Program, Said
-from .meshes import Place, meshes, places
-from .plan_report import Plan, Tried, binary, decimal, line_of, write_plan
-from .presets import preset_named, presets_help
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSize:
-    """How devices are arranged. By default the arrangement is searched for."""
-
-    data: int | None = None
-    """Devices that batch and parameters are divided over."""
-    expert: int | None = None
-    """Devices that experts are divided over, each `data` times; so is the batch. A divisor of their
-    number."""
+from .arms import arm_named
+from .commands import MeshSize as MeshSize, Planning as Planning
+from .console import say
+from .folder import check_out
+from .footprint import Program
+from .meshes import MeshOf, larger_topologies, meshes
+from .options import check_options, command_line
+from .plan_report import Plan, Trial, binary, write_plan
+from .versions import PACKAGES, versions
 
 
-@dataclasses.dataclass(frozen=True)
-class Planning:
-    """Say what a training step will need on each device, by the compiler of devices not there.
-
-    The step is that of `mode-lab train`. Where it does not fit, meshes are searched for the first
-    on which it does: those of the target from the most devices along `expert` to the fewest, as
-    that gathers the fewest weights, and then those of ever larger topologies.
-    """
-
-    preset: Annotated[str | None, tyro.conf.arg(help=presets_help())] = None
-    target: str = "tpu:v5e:2x2"
-    """Device and topology: tpu:v5e:16x16, tpu:v5p:4x4x4, tpu:v6e:2x4, cuda:h100, ..."""
-    mesh: MeshSize = dataclasses.field(default_factory=MeshSize)
-    memory: float | None = None
-    """GiB that a program may use on a device. By default what the compiler says of a TPU; of a GPU
-    the share that JAX takes, XLA_PYTHON_CLIENT_MEM_FRACTION or 0.75 of all."""
-    minutes: float = 9.0
-    """No compilation begins that would, taking as long as the longest before it, end later; one
-    that has begun is not cut off."""
-    out: Path = Path("runs/plan")
-    """Folder for plan.json and plan.md."""
-    arm: Annotated[
-        str, tyro.conf.arg(help=f"What to train: {', '.join(NAMES)}; see `mode-lab ablate -h`.")
-    ] = "mod"
-    size: Size = dataclasses.field(default_factory=Size)
-
-    @staticmethod
-    def asked(args: Sequence[str]) -> "Planning":
-        """The defaults of a command line: those of the preset that it names.
-
-        **Raises:** `ValueError` for an unknown preset.
-        """
-        named = None
-        for place, arg in enumerate(args):
-            if arg.startswith("--preset="):
-                named = arg.partition("=")[2]
-            elif arg == "--preset" and place + 1 < len(args):
-                named = args[place + 1]
-        if named is None:
-            return Planning()
-        preset = preset_named(named)
-        return Planning(preset=named, arm=preset.arm, size=preset.size)
-
-
-def run_planning(planning: Planning, console: Console, *, command: str) -> Plan:
-    """Plan, print what was found, and save it.
+def run_planning(planning: Planning, console: Console) -> Plan:
+    """Plans, prints the result, and saves it.
 
     **Raises:** `ValueError` for bad settings; `ImportError` where the compiler is not installed.
     """
     began = time.perf_counter()
-    # Compiling needs no device, and JAX would look long for one whose driver is not there.
+    # Compiling needs no device, and JAX would search long for one whose driver is absent.
     jax.config.update("jax_platforms", "cpu")
-    _check(planning)
+    arm = arm_named(planning.arm)
+    planning = check_options(planning)
+    check_out(planning.out)
     memory, rule = _memory(planning)
     devices = mesh_for(planning.target).size
-    (arm,) = arms_named([planning.arm])
     program = Program(arm, planning.size)
-    experts = _experts(program)
-    asked = _asked(planning, devices, experts)
-    counted = program.counted(asked[0])
-    console.print(
-        f"{arm.name}, {decimal(counted.parameters).strip()} parameters, for {planning.target}: "
-        f"{devices} device{'s' if devices > 1 else ''} with {binary(memory)} each ({rule}).",
-        highlight=False,
+    parameters = program.count({"data": 1, "expert": 1})["parameters"]
+    order = _search_order(planning, program, devices)
+    say(
+        console,
+        f"{arm.name}, {parameters:,} parameters, for {planning.target}: {devices} "
+        f"device{'s' if devices > 1 else ''} with {binary(memory)} each ({rule}).",
     )
-    tried = []
-    for place in places(planning.target, asked, experts):
-        tried.append(_try(program, place, memory, tried, planning.minutes * 60, began, console))
-        console.print(line_of(tried[-1], memory), highlight=False)
-        if tried[-1].fits:
+    trials: list[Trial] = []
+    for mesh in order:
+        left = began + 60 * planning.minutes - time.perf_counter()
+        trial = _skipped(program, mesh, memory, trials, left)
+        if not trial.why:
+            say(console, f"compiling for {mesh} ...")
+            report, exchanges = program.compile(mesh.target, mesh.axes)
+            fits = "argument_bytes" in report and report["needed_bytes"] <= memory
+            trial = Trial(mesh, trial.counted, report, exchanges, fits)
+        trials.append(trial)
+        say(console, trial.describe(memory))
+        if trial.fits:
             break
+    preset = () if planning.preset is None else ("--preset", planning.preset)
+    defaults = dataclasses.replace(Planning.defaults(preset), preset=None)
     plan = Plan(
-        command=command,
+        command=command_line("plan", planning, defaults=defaults),
+        versions=versions(*PACKAGES, "jaxlib", "libtpu", "jax-cuda13-pjrt"),
         arm=arm.name,
         size=planning.size,
         memory_bytes=memory,
         memory_rule=rule,
-        tried=tuple(tried),
-        seconds=time.perf_counter() - began,
+        trials=tuple(trials),
+        seconds=round(time.perf_counter() - began, 1),
     )
     write_plan(planning.out, plan, console)
     return plan
 
 
-def _check(planning: Planning) -> None:
-    if planning.arm not in NAMES:
-        raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {planning.arm!r}.")
-    for name in ("memory", "minutes"):
-        value = getattr(planning, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
-    for name in ("data", "expert"):
-        value = getattr(planning.mesh, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`mesh.{name}` must be at least 1 device, got {value}.")
-    if planning.out.exists() and not planning.out.is_dir():
-        raise ValueError(f"`out` must be a folder or not exist yet, got the file {planning.out}.")
-
-
 def _memory(planning: Planning) -> tuple[int, str]:
-    """Bytes that a program may use on a device, and why so many."""
+    """The bytes that a program may use on a device, and where the number comes from."""
     if planning.memory is not None:
         return int(planning.memory * 2**30), "as `memory` says"
-    whole = memory_of(planning.target)
+    whole = device_memory_bytes(planning.target)
     if not planning.target.startswith("cuda"):
         return whole, "by its compiler"
     given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     try:
-        share = float(given)
+        part = float(given)
     except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
+        part = math.nan
+    if not 0 < part <= 1:
         raise ValueError(
             f"`XLA_PYTHON_CLIENT_MEM_FRACTION` must be a number above 0 and at most 1, got "
-            f"{given!r}. JAX takes this share of a GPU's memory."
+            f"{given!r}. JAX takes this part of a GPU's memory."
         )
-    return int(share * whole), (
-        f"{share:g} of {binary(whole)}, JAX's share: see XLA_PYTHON_CLIENT_MEM_FRACTION"
-    )
+    rule = f"{part:g} of {binary(whole)}, JAX's part: see XLA_PYTHON_CLIENT_MEM_FRACTION"
+    return int(part * whole), rule
 
 
-def _experts(program: Program) -> int:
-    """What the devices along `expert` must divide; 1 where the model has no experts."""
-    found = [router.num_experts for router in mode.routers(program.state.model)]
-    return math.gcd(*(count for count in found if count > 1)) or 1
-
-
-def _asked(planning: Planning, devices: int, experts: int) -> list[dict[str, int]]:
-    """Meshes of the target in the order in which they are tried."""
-    batch, data, expert = planning.size.batch, planning.mesh.data, planning.mesh.expert
+def _search_order(planning: Planning, program: Program, devices: int) -> Iterator[MeshOf]:
+    """The meshes in the order in which they are tried; bad settings are refused at once."""
+    target, batch = planning.target, planning.size.batch
+    data, expert = planning.mesh.data, planning.mesh.expert
+    counts = [router.num_experts for router in mode.routers(program.state.model)]
+    experts = math.gcd(*(count for count in counts if count > 1)) or 1
     if batch % devices:
         raise ValueError(
-            f"`size.batch` must divide over all {devices} devices of {planning.target}, got "
-            f"{batch}. The next that does is {-(-batch // devices) * devices}."
+            f"`size.batch` must divide over all {devices} devices of {target}, got {batch}. The "
+            f"next that does is {-(-batch // devices) * devices}."
         )
-    searched = meshes(devices, experts)
-    if data is None and expert is None:
-        return searched
-    data = devices // (expert or 1) if data is None else data
-    expert = devices // data if expert is None else expert
-    if data * expert != devices:
-        raise ValueError(
-            f"`mesh.data` times `mesh.expert` must be all {devices} devices of {planning.target}, "
-            f"got {data} times {expert}."
-        )
-    if experts > 1 and experts % expert:
-        raise ValueError(
-            f"`mesh.expert` must divide the number of experts, {experts}, got {expert}. Try "
-            f"{math.gcd(experts, devices)}."
-        )
-    given = {"data": data, "expert": expert}
-    return [given, *(axes for axes in searched if axes != given)]
+    order = meshes(target, experts)
+    if data is not None or expert is not None:
+        data = devices // (expert or 1) if data is None else data
+        expert = devices // data if expert is None else expert
+        if data * expert != devices:
+            raise ValueError(
+                f"`mesh.data` times `mesh.expert` must be all {devices} devices of {target}, got "
+                f"{data} times {expert}."
+            )
+        if experts > 1 and experts % expert:
+            raise ValueError(
+                f"`mesh.expert` must divide the number of experts, {experts}, got {expert}. Try "
+                f"{math.gcd(experts, devices)}."
+            )
+        order = list(dict.fromkeys([MeshOf(target, data, expert), *order]))
+    larger = (mesh for other in larger_topologies(target) for mesh in meshes(other, experts))
+    return (mesh for some in (order, larger) for mesh in some)
 
 
-def _try(
-    program: Program,
-    place: Place,
-    memory: int,
-    before: Sequence[Tried],
-    limit: float,
-    began: float,
-    console: Console,
-) -> Tried:
-    """Whether a place fits, without the compiler where that can be told without."""
-
-    def tried(why: str, counted: Counted | None = None, said: Said | None = None) -> Tried:
-        fits = said is not None and said.argument_bytes is not None and said.needed_bytes <= memory
-        return Tried(place.target, place.axes, counted, said, fits, why)
-
-    if program.size.batch % place.devices:
-        return tried(f"a batch of {program.size.batch} does not divide over {place.devices}")
-    counted = program.counted(place.axes)
-    if counted.argument_bytes > memory:
-        return tried("the state alone is larger", counted)
-    refused = [one.axes["expert"] for one in before if one.target == place.target and one.said]
-    if refused and place.axes["expert"] < max(refused):
-        return tried("gathers more weights at once than a mesh that does not fit", counted)
-    longest = max((one.said.seconds for one in before if one.said), default=0.0)
-    if longest and time.perf_counter() - began + longest > limit:
-        return tried(f"no time left: {limit / 60:g} minutes", counted)
-    console.print(f"compiling for {place.target}, {place.named} ...", highlight=False)
-    return tried("", counted, program.compiled(place.target, place.axes))
+def _skipped(
+    program: Program, mesh: MeshOf, memory: int, before: list[Trial], left: float
+) -> Trial:
+    """A trial, and why not to ask the compiler: "" where it is to be asked."""
+    devices = mesh.data * mesh.expert
+    if program.size.batch % devices:
+        return Trial(mesh, why=f"a batch of {program.size.batch} does not divide over {devices}")
+    counted = program.count(mesh.axes)
+    if counted["argument_bytes"] > memory:
+        return Trial(mesh, counted, fits=False, why="the state alone is larger")
+    asked = [(trial.mesh, trial.compiler["seconds"]) for trial in before if trial.compiler]
+    why = ""
+    if any(one.target == mesh.target and one.expert > mesh.expert for one, _ in asked):
+        why = "gathers more weights at once than a mesh that does not fit"
+    elif asked and max(seconds for _, seconds in asked) > left:
+        why = "no time left: see --minutes"
+    return Trial(mesh, counted, why=why)

@@ -1,4 +1,4 @@
-"""Bars that say how far a run is."""
+"""Progress bars of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,41 +14,32 @@ class Bars:
 
     def __init__(self, bars: rich.progress.Progress, count: int):
         self.bars = bars
-        self.count = count
-        self.done = 0
         self.total = bars.add_task("all arms", total=count, note="", visible=count > 1)
 
     @contextmanager
     def arm(self, name: str, steps: int) -> Iterator[Watch]:
-        """The bar of one arm: yields what its training tells about each look at the loss."""
+        """Shows the bar of one arm: yields the function that its training calls."""
         bar = self.bars.add_task(name, total=steps, note="compiling")
 
-        def watch(taken: int, loss: float) -> None:
-            note = f"step {taken} of {steps}, {loss:.3f} bits per byte"
-            self.bars.update(bar, completed=taken, note=note)
-            self.bars.update(
-                self.total,
-                completed=self.done + taken / steps,
-                note=f"arm {self.done + 1} of {self.count}",
-            )
+        def watch(step: int, loss: float) -> None:
+            note = f"step {step} of {steps}, {loss:.3f} bits per byte"
+            self.bars.update(bar, completed=step, note=note)
 
         yield watch
-        self.done += 1
+        self.bars.advance(self.total)
         self.bars.remove_task(bar)
 
 
 @contextmanager
 def progress(console: Console, count: int) -> Iterator[Bars]:
-    """Bars for `count` arms, shown while the context lasts and where somebody can see them."""
+    """Shows bars for `count` arms while the context lasts, where somebody can see them."""
     bars = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description:15}"),
+        rich.progress.TextColumn("{task.description:15}", markup=False),
         rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("left"),
         console=console,
         transient=True,
-        speed_estimate_period=120,
         # A bar in a log file is noise; the line of each finished arm is printed either way.
         disable=not console.is_terminal,
     )

@@ -1,138 +1,215 @@
-"""The routing map: real text, line by line, shaded by its compute, and under each line who took it.
+"""Routing maps: real text, line by line, and under each line which routed layers computed it.
 
-The shade of a character is its compute over all routed layers; the strips below it are these layers
+The shade of a character is its compute over all routed layers. The strips below it are these layers
 one by one, the lowest of the model at the bottom.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch
 
-from .passage import Passage, glyphs, lines_of
-from .plots import AGREEMENT, COUNTS, INK, PALE, SYMBOLS
+from .data import DOCUMENT_START
+from .figures import DARK_BLUE, INK, PAGE, PALE, VERMILION, save_figure
+from .observe import name_layers
+from .passage import glyphs, lines_of
 
+
+# Colours of strips: two values of one expert, or how many of several experts.
+ONE_EXPERT = {"not selected": PALE, "selected": DARK_BLUE}
+EXPERTS = {"no expert": PALE, "1": "#BFDCCB", "2": "#5FB08A", "3 or more": "#00694A"}
 
 _WIDTH = 56  # bytes in a line
-_LINES = 14
-_PAGE, _LINE_HEIGHT = 7.0, 0.125  # inches
+_GENERATED_LINES = 40
 _FONT, _POINTS = "DejaVu Sans Mono", 6.6
-# In heights of a line of text: the strip of a layer, of all layers, and what separates lines.
-_STRIP, _STRIPS, _GAP = 0.3, 2.4, 0.4
-_SHADES = LinearSegmentedColormap.from_list("compute", [PALE, "#9CC3DA", AGREEMENT[3]])
-_SIGN = "#AAAAAA"  # of what stands for a byte that does not print
-_LEGEND = {
-    "ncols": 7,
-    "alignment": "left",
-    "handlelength": 1,
-    "columnspacing": 1,
-    "borderaxespad": 0,
-}
+# A line of text in inches; in lines: the strip of a layer, all strips, the gap to the next line.
+_LINE, _STRIP, _STRIPS, _GAP = 0.125, 0.3, 2.4, 0.4
+_SHADES = LinearSegmentedColormap.from_list("compute", [PALE, "#9CC3DA", DARK_BLUE])
+# Signs for bytes that do not print, in a colour of their own.
+_SYMBOLS = {ord(" "): "\u00b7", ord("\n"): "\u21b5", ord("\t"): "\u2192", DOCUMENT_START: "\u25b6"}
+_SYMBOL_COLOUR = "#AAAAAA"
 
 
-def draw_routing_map(
-    passage: Passage,
-    taken: Mapping[str, Int[np.ndarray, "layers tokens"]],
-    layers: tuple[int, ...],
-    unit: str,
-) -> Figure:
-    """One column of text for each selection.
+@dataclasses.dataclass(frozen=True)
+class TextMap:
+    """A text and the colours under it.
+
+    **Attributes:**
+
+    - `tokens`: bytes and document starts.
+    - `strips`: for each layer and token, the number of a colour in `colours`.
+    - `colours`: of the strips.
+    - `shades`: the colour of each token's background.
+    - `marks`: tokens before which an orange line stands.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    strips: Int[np.ndarray, "layers tokens"]
+    colours: Sequence[str]
+    shades: list[str]
+    marks: Sequence[int] = ()
+
+    @property
+    def pitch(self) -> float:
+        """The height of a line of text with its strips and the gap below."""
+        return 1 + min(_STRIP * len(self.strips), _STRIPS) + _GAP
+
+    def draw(self, axes: Axes, lines: Sequence[slice], width: int) -> None:
+        """Draws some lines of the text, `width` bytes at most in each."""
+        axes.set_axis_off()
+        axes.set_xlim(0, width)
+        for number, line in enumerate(lines):
+            self._draw_line(axes, line, number * self.pitch)
+
+    def _draw_line(self, axes: Axes, line: slice, top: float) -> None:
+        x = np.arange(line.stop - line.start + 1)
+        shades = to_rgba_array(self.shades[line])
+        axes.pcolormesh(x, [top, top + 1], shades[None], rasterized=True)
+        bottom = top + self.pitch - _GAP + 0.06
+        edges = np.linspace(top + 1.06, bottom, len(self.strips) + 1)
+        colours = to_rgba_array(list(self.colours))[self.strips[::-1, line]]
+        axes.pcolormesh(x, edges, colours, rasterized=True)
+        for token, character in enumerate(glyphs(self.tokens)[line], line.start):
+            symbol = _SYMBOLS.get(int(self.tokens[token]))
+            colour = INK if symbol is None else _SYMBOL_COLOUR
+            # A character of several bytes stands at its first one, on the shade of that byte.
+            axes.text(
+                token - line.start + 0.5,
+                top + 0.5,
+                symbol or _drawable(character),
+                family=_FONT,
+                fontsize=_POINTS,
+                ha="center",
+                va="center_baseline",
+                color="white" if _is_dark(self.shades[token]) else colour,
+            )
+        for mark in self.marks:
+            if line.start <= mark < line.stop:
+                axes.vlines(mark - line.start, top, bottom, color=VERMILION, linewidth=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingMap:
+    """A text and the routed layers that computed it.
+
+    **Attributes:**
+
+    - `document`: the file in which it begins.
+    - `tokens`: bytes and document starts.
+    - `marks`: tokens before which an orange line stands.
+    - `layers`: the numbers of the routed layers.
+    - `counts`: by selection, how many experts of each of these layers selected each token.
+    """
+
+    document: str
+    tokens: tuple[int, ...]
+    marks: tuple[int, ...]
+    layers: tuple[int, ...]
+    counts: dict[str, tuple[tuple[int, ...], ...]]
+
+    def draw(self, unit: str, most_lines: int = 14) -> Figure:
+        """Draws one column of text for each selection, or two for a single one.
+
+        **Arguments:**
+
+        - `unit`: of compute, `"blocks"` or `"experts"`.
+        - `most_lines`: lines of text to draw, at most.
+        """
+        tokens, lines = np.array(self.tokens), self.lines(most_lines)
+        panels = [(name, np.array(count), lines) for name, count in self.counts.items()]
+        # A token can have as much compute as there are blocks; few have many experts.
+        totals = [int(count.sum(0).max()) for _, count, _ in panels]
+        most = max(len(self.layers) if unit == "blocks" else 1, *totals)
+        many = max(int(count.max()) for _, count, _ in panels) > 1
+        shades = [to_hex(_SHADES(step)) for step in np.linspace(0, 1, most + 1)]
+        strips = EXPERTS if many else ONE_EXPERT
+        if len(panels) == 1:
+            ((name, count, _),) = panels
+            half = -(-len(lines) // 2)
+            panels = [(name, count, lines[:half]), ("", count, lines[half:])]
+        texts = []
+        for _, count, _ in panels:
+            shade = [shades[total] for total in count.sum(0)]
+            strip = np.minimum(count, len(strips) - 1)
+            texts.append(TextMap(tokens, strip, list(strips.values()), shade, self.marks))
+        height = texts[0].pitch * max(len(part) for _, _, part in panels)
+        figure = Figure(figsize=(PAGE, _LINE * height + 0.95))
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, text, (name, _, part) in zip(columns, texts, panels, strict=True):
+            text.draw(axes, part, _WIDTH)
+            axes.set(ylim=(height, 0), title=name)
+        steps = np.unique(np.linspace(0, most, min(most + 1, 7)).round().astype(int))
+        legend = {str(step): shades[step] for step in steps}
+        add_legend(figure, legend, f"shade: {unit} that computed the byte")
+        title = f"strips, from the bottom: routed {name_layers(self.layers)}"
+        add_legend(figure, strips, title, right=True)
+        return figure
+
+    def lines(self, most: int) -> list[slice]:
+        """Cuts the text into lines, without blank ones at the end."""
+        tokens = np.array(self.tokens)
+        lines = list(lines_of(tokens, _WIDTH))[:most]
+        while len(lines) > 1 and np.isin(tokens[lines[-1]], list(b" \t\r\n")).all():
+            lines.pop()
+        return lines
+
+
+def plot_generated(
+    path: Path,
+    tokens: Int[np.ndarray, " tokens"],
+    counts: Int[np.ndarray, "layers tokens"],
+    prompt: int,
+    layers: Sequence[int],
+    about: str,
+) -> None:
+    """Draws which bytes of a generated text each routed layer computed.
 
     **Arguments:**
 
-    - `taken`: by selection, how many experts of each routed layer took each token of `passage`.
+    - `path`: the picture to write.
+    - `counts`: how many experts of each routed layer selected each token.
+    - `prompt`: the number of tokens that were given.
     - `layers`: the numbers of these layers.
-    - `unit`: of compute: `"blocks"` or `"experts"`.
+    - `about`: the model and how it was sampled, for the caption.
     """
-    lines = _lines(passage)
-    # One selection alone fills both columns, the first half of the text in the left one.
-    half = -(-len(lines) // 2)
-    panels = [(name, counts, lines) for name, counts in taken.items()]
-    if len(panels) == 1:
-        ((name, counts),) = taken.items()
-        panels = [(name, counts, lines[:half]), ("", counts, lines[half:])]
-    rows = max(len(some) for _, _, some in panels)
-    pitch = 1 + min(_STRIP * len(layers), _STRIPS) + _GAP
-    # A token can have as much compute as there are blocks; few have many experts.
-    blocks = len(layers) if unit == "blocks" else 1
-    most = max(blocks, *(int(counts.sum(0).max()) for counts in taken.values()))
-    shades = ListedColormap(_SHADES(np.linspace(0, 1, most + 1)))
-    norm = BoundaryNorm(np.arange(most + 2) - 0.5, shades.N)
-    several = max(int(counts.max()) for counts in taken.values()) > 1
-    strips: list[str] = list(COUNTS) if several else [PALE, AGREEMENT[3]]
-    size = (_PAGE, _LINE_HEIGHT * pitch * rows + 0.95)
-    figure = Figure(figsize=size, layout="constrained")
-    columns = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, counts, some) in zip(columns, panels, strict=True):
-        axes.set_axis_off()
-        axes.set_xlim(0, _WIDTH)
-        axes.set_ylim(pitch * rows, 0)
-        axes.set_title(name, loc="left", color=INK)
-        for number, line in enumerate(some):
-            _draw_line(axes, passage, counts, line, number * pitch, (shades, norm), strips)
-    _explain(figure, (shades, norm), strips, layers, unit)
-    return figure
+    count = {"": tuple(map(tuple, counts.tolist()))}
+    text = RoutingMap("", tuple(tokens.tolist()), (prompt,), tuple(layers), count)
+    notes = [about]
+    if prompt > 1:  # beside the start of the document
+        notes += ["Orange line: the prompt ends there, and what follows is generated."]
+    shown = text.lines(_GENERATED_LINES)[-1].stop
+    if shown < len(tokens):
+        notes += [f"The first {shown} of {len(tokens)} bytes are shown."]
+    unit = "experts" if counts.max() > 1 else "blocks"
+    save_figure(lambda: text.draw(unit, _GENERATED_LINES), path, text=[" ".join(notes)])
 
 
-def _lines(passage: Passage) -> list[slice]:
-    """Those to show, without blank ones at the end."""
-    lines = list(lines_of(passage.tokens, _WIDTH))[:_LINES]
-    while len(lines) > 1 and np.isin(passage.tokens[lines[-1]], list(b" \t\r\n")).all():
-        lines.pop()
-    return lines
-
-
-def _draw_line(
-    axes: Axes,
-    passage: Passage,
-    counts: Int[np.ndarray, "layers tokens"],
-    line: slice,
-    top: float,
-    shading: tuple[ListedColormap, BoundaryNorm],
-    strips: list[str],
+def add_legend(
+    figure: Figure, colours: Mapping[str, str], title: str | None = None, *, right: bool = False
 ) -> None:
-    shades, norm = shading
-    here = counts[:, line]
-    total = here.sum(0)
-    x = np.arange(here.shape[1] + 1)
-    axes.pcolormesh(x, [top, top + 1], total[None], cmap=shades, norm=norm, rasterized=True)
-    bottom = top + 1.06 + min(_STRIP * len(here), _STRIPS)
-    axes.pcolormesh(
-        x,
-        np.linspace(top + 1.06, bottom, len(here) + 1),
-        np.minimum(here[::-1], len(strips) - 1),
-        cmap=ListedColormap(strips),
-        vmin=-0.5,
-        vmax=len(strips) - 0.5,
-        rasterized=True,
+    """Adds a row of colours above a figure, at its left or its right."""
+    figure.legend(
+        handles=[Patch(facecolor=colour, label=label) for label, colour in colours.items()],
+        title=title,
+        loc="outside upper right" if right else "outside upper left",
+        ncols=len(colours),
+        alignment="left",
+        columnspacing=1,
+        borderaxespad=0,
     )
-    characters = glyphs(passage.tokens)[line]
-    for place, (character, token) in enumerate(zip(characters, passage.tokens[line], strict=True)):
-        if not character:
-            continue
-        # A character of several bytes stands at its first one, on that one's shade.
-        sign = SYMBOLS.get(int(token))
-        dark = norm(total[place]) > 0.55 * (shades.N - 1)
-        axes.text(
-            place + 0.5,
-            top + 0.5,
-            _drawable(character) if sign is None else sign,
-            family=_FONT,
-            fontsize=_POINTS,
-            ha="center",
-            va="center_baseline",
-            color="white" if dark else INK if sign is None else _SIGN,
-        )
-    for place in passage.begins():
-        if line.start <= place < line.stop:
-            axes.vlines(place - line.start, top, bottom, color="#D55E00", linewidth=1)
+
+
+def _is_dark(colour: str) -> bool:
+    return float(np.dot(to_rgb(colour), (0.3, 0.59, 0.11))) < 0.55
 
 
 @cache
@@ -141,30 +218,7 @@ def _font() -> FT2Font:
 
 
 def _drawable(character: str) -> str:
-    """The character, or a box where the font has none for it."""
-    return character if _font().get_char_index(ord(character)) else "\u25a1"
-
-
-def _explain(
-    figure: Figure,
-    shading: tuple[ListedColormap, BoundaryNorm],
-    strips: list[str],
-    layers: tuple[int, ...],
-    unit: str,
-) -> None:
-    shades = shading[0]
-    shown = np.unique(np.linspace(0, shades.N - 1, min(shades.N, 7)).round().astype(int))
-    figure.legend(
-        handles=[Patch(facecolor=shades(int(n)), label=str(n)) for n in shown],
-        title=f"shade: {unit} that took the byte",
-        loc="outside lower left",
-        **_LEGEND,
-    )
-    names = ["passed by", "taken"] if len(strips) == 2 else ["no expert", "1", "2", "3 or more"]
-    every = ", ".join(map(str, layers)) if len(layers) <= 6 else f"{layers[0]} to {layers[-1]}"
-    figure.legend(
-        handles=[Patch(facecolor=c, label=n) for c, n in zip(strips, names, strict=True)],
-        title=f"strips, from the bottom: routed layer{'s' if len(layers) > 1 else ''} {every}",
-        loc="outside lower right",
-        **_LEGEND,
-    )
+    """Returns the character, or a box where the font has none for it."""
+    if not character or _font().get_char_index(ord(character)):
+        return character
+    return "\u25a1"

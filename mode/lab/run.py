@@ -1,202 +1,182 @@
 """One arm for a stated number of steps: the command `mode-lab train`, and what reads its folder."""
 
 import dataclasses
-import math
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
 import mode
 
-from .arms import NAMES, Arm, Size, arms_named
-from .checkpoint import Checkpoints
+from . import interrupts
+from .arms import Arm, arm_named
+from .checkpoint import Checkpoints, Notes, TrainSettings
+from .commands import Training as Training
+from .console import say
 from .data import Corpus, held_out_batches, read_corpus
-from .devices import Devices, by_lead, laid_out, leads, on
+from .devices import by_lead, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
-from .files import claim, read_settings, write_json
+from .files import FloatOrNaN, Record, read_record, write_record
+from .folder import check_out, check_same, claim, read_settings
+from .options import absolute_glob, check_options
 from .progress import progress
-from .step import Recipe, TrainState, begin
-from .train import Progress, Saving, Trained, train
+from .step import TrainState, begin
+from .train import Progress, Saving, Watch, train
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """Train one arm on bytes of real text, with checkpoints to generate from.
+# Options that do not decide how a run goes. Which text it is, the fingerprint says.
+_BESIDES = ("out", "data", "held_out", "save_every", "keep", "devices")
 
-    A run that was interrupted at any moment goes on where it stood: the same command, and the same
-    losses as without the interruption.
+
+class TrainResult(Record):
+    """`result.json`: the held-out results, losses in bits per byte and times of a finished run.
+
+    `step_seconds` is the median time of a step, `seconds` that of the whole training since it last
+    began, compilation included.
     """
 
-    out: Path = Path("runs/train")
-    """Folder of the run. One of another configuration is refused."""
-    arm: Annotated[
-        str, tyro.conf.arg(help=f"What to train: {', '.join(NAMES)}; see `mode-lab ablate -h`.")
-    ] = "mod"
-    steps: int = 1000
-    """Optimizer steps; the learning rate ends with the last."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
-    seed: int = 0
-    """Of parameters, data order and random routing."""
-    held_out: int = 512
-    """Sequences to evaluate on at the end, at most."""
-    save_every: int = 100
-    """Steps between two checkpoints; there is one of the last step as well."""
-    keep: int = 3
-    """How many checkpoints to keep, the newest."""
-    devices: Devices = dataclasses.field(default_factory=Devices)
-    size: Size = dataclasses.field(default_factory=Size)
-    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    format = "mode-lab train result"
+    version = 1
 
-    def settings(self) -> dict[str, Any]:
-        """What decides how the run goes."""
-        settings = dataclasses.asdict(self)
-        aside = ("out", "held_out", "save_every", "keep", "devices")
-        return {name: settings[name] for name in settings if name not in aside}
+    settings: TrainSettings
+    evaluation: Evaluation
+    losses: tuple[FloatOrNaN, ...]
+    step_seconds: float
+    seconds: float
+
+    @property
+    def arm(self) -> Arm:
+        """The arm that was trained."""
+        return arm_named(self.settings.options.arm)
+
+
+class LoadedRun(NamedTuple):
+    """A run of `mode-lab train` as its newest checkpoint has it."""
+
+    settings: TrainSettings
+    arm: Arm
+    steps: int
+    model: mode.Transformer
 
 
 def run_training(training: Training, console: Console) -> None:
-    """Train from where the run stands to its last step, and evaluate.
+    """Trains from where the run stands to its last step, and evaluates.
 
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
-    if training.arm not in NAMES:
-        raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {training.arm!r}.")
-    (arm,) = arms_named([training.arm])
-    for name, least in (("steps", 2), ("held_out", 1), ("save_every", 1), ("keep", 1)):
-        if getattr(training, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {getattr(training, name)}.")
+    arm = arm_named(training.arm)
+    training = check_options(training)
+    check_out(training.out)
     corpus = read_corpus(training.data, length=training.size.length)
     with on(training.devices, batch=training.size.batch) as mesh:
-        console.quiet = not leads()
-        _run(arm, training, corpus, mesh, console)
+        console.quiet = not is_lead()
+        with progress(console, 1) as bars, bars.arm(arm.name, training.steps) as watch:
+            result = train_arm(training, corpus, console, watch, mesh=mesh)
+        bits, causal = result.evaluation.bits_top_k, result.evaluation.bits_causal
+        held_out = f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
+        say(console, f"{arm.name}: {held_out}, after {training.steps} steps.")
+        if arm.samples:
+            command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
+            say(console, f"To sample from it:\n    {command}")
 
 
-def _run(arm: Arm, training: Training, corpus: Corpus, mesh: Mesh | None, console: Console) -> None:
-    like = _like(arm, training, mesh)  # before anything is written: it finds sizes that do not fit
-    by_lead(lambda: claim(training.out, {**training.settings(), "corpus": corpus.fingerprint}))
-    checkpoints = Checkpoints(training.out / "checkpoints", training.keep)
-    stood = _restored(like, checkpoints, console, set_aside=True)
-    if stood is not None:
-        console.print(f"{arm.name}: goes on from step {len(stood.losses)}.", highlight=False)
+def train_arm(
+    training: Training, corpus: Corpus, console: Console, watch: Watch, *, mesh: Mesh | None = None
+) -> TrainResult:
+    """Trains in the folder of the options, from where the run stands, and saves its result."""
+    arm, size, out = arm_named(training.arm), training.size, training.out
+    like = _like(training, mesh)  # before anything is written: it finds sizes that do not fit
+    options = dataclasses.replace(training, data=absolute_glob(training.data))
+    settings = TrainSettings(options=options, corpus=corpus.fingerprint)
+    by_lead(lambda: claim(out, settings, besides=_BESIDES))
+    checkpoints = Checkpoints(out / "checkpoints", training.keep)
+    restored = checkpoints.newest(like, lambda text: say(console, text))
+    start = None
+    if restored is not None:
+        step, state, notes = restored
+        check_same(out, notes.settings, settings, besides=_BESIDES)
+        start = Progress(state, notes.stream, list(notes.losses))
+        say(console, f"{arm.name}: goes on from step {step}.")
 
     def save(now: Progress) -> None:
         step = len(now.losses)
-        checkpoints.save(step, now.state, {"stream": now.stream, "losses": now.losses})
-        console.print(
-            f"step {step} of {training.steps}, {now.losses[-1]:.3f} bits per byte, saved",
-            highlight=False,
-        )
+        notes = Notes(settings=settings, stream=now.stream, losses=tuple(now.losses))
+        checkpoints.save(step, now.state, notes)
+        if training.save_every < training.steps:
+            bits = f"{now.losses[-1]:.3f} bits per byte"
+            say(console, f"step {step} of {training.steps}, {bits}, saved")
 
-    with (
-        progress(console, 1) as bars,
-        bars.arm(arm.name, training.steps) as watch,
-    ):
-        try:
+    try:
+        with interrupts.deferred():
             trained = train(
                 arm,
-                training.size,
+                size,
                 training.recipe,
                 corpus.train,
                 steps=training.steps,
                 seed=training.seed,
                 watch=watch,
-                progress=stood,
-                saving=Saving(training.save_every, save),
+                progress=start,
+                saving=Saving(training.save_every, save, interrupts.received),
                 mesh=mesh,
             )
-        except FloatingPointError as error:
-            last = f"of step {checkpoints.steps[-1]}" if checkpoints.steps else "not there yet"
-            raise FloatingPointError(f"{error} The last checkpoint is {last}.") from None
-    found = _evaluated(arm, training, corpus, trained.model, mesh)
-    by_lead(lambda: _report(arm, training, found, trained, console))
-
-
-def _report(
-    arm: Arm, training: Training, found: Evaluation, trained: Trained, console: Console
-) -> None:
-    write_json(
-        training.out / "result.json",
-        {
-            **dataclasses.asdict(found),
-            "losses": [loss if math.isfinite(loss) else None for loss in trained.losses],
-            "arm": arm.name,
-        },
-    )
-    console.print(
-        f"{arm.name}: held out {found.bits_top_k:.3f} bits per byte, causal "
-        f"{found.bits_causal:.3f}, after {training.steps} steps.",
-        highlight=False,
-    )
-    if arm.samples:
-        command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
-        console.print(f"To sample from it:\n    {command}", highlight=False)
-
-
-def _like(arm: Arm, training: Training, mesh: Mesh | None) -> TrainState:
-    """The shapes of the run's state, and where they lie."""
-    like = eqx.filter_eval_shape(
-        begin, arm, training.size, training.recipe, steps=training.steps, seed=training.seed
-    )
-    return laid_out(like, mesh)
-
-
-def _restored(
-    like: TrainState, checkpoints: Checkpoints, console: Console, *, set_aside: bool
-) -> Progress | None:
-    def warn(text: str) -> None:
-        console.print(text, highlight=False)
-
-    found = checkpoints.newest(like, warn, set_aside=set_aside)
-    if found is None:
-        return None
-    _, state, notes = found
-    return Progress(state, notes["stream"], notes["losses"])
-
-
-def _evaluated(
-    arm: Arm, training: Training, corpus: Corpus, model: mode.Transformer, mesh: Mesh | None
-) -> Evaluation:
+    except FloatingPointError as error:
+        last = f"of step {checkpoints.steps[-1]}" if checkpoints.steps else "not there yet"
+        raise FloatingPointError(f"{error} The last checkpoint is {last}.") from None
     samples = held_out_batches(
-        corpus.held_out,
-        length=training.size.length,
-        batch=training.size.batch,
-        sequences=training.held_out,
+        corpus.held_out, length=size.length, batch=size.batch, sequences=training.held_out
     )
     key = jax.random.fold_in(jax.random.key(training.seed), 1)
-    return evaluate(arm, model, samples, key=key, mesh=mesh)
+    evaluation = evaluate(arm, trained.model, samples, key=key, mesh=mesh)
+    result = TrainResult(
+        settings=settings,
+        evaluation=evaluation,
+        losses=tuple(trained.losses),
+        step_seconds=trained.step_seconds,
+        seconds=trained.seconds,
+    )
+    by_lead(lambda: write_record(out / "result.json", result))
+    return result
 
 
-def load_run(folder: Path, console: Console) -> tuple[Arm, Size, int, mode.Transformer]:
-    """What a run stands at: its arm and size, the steps taken, and the model.
+def load_result(out: Path, settings: TrainSettings) -> TrainResult | None:
+    """The result of a run with these settings; `None` where it is not finished.
+
+    **Raises:** `ValueError` where it is damaged or of a run with other settings.
+    """
+    path = out / "result.json"
+    if not path.exists():
+        return None
+    result = read_record(path, TrainResult)
+    check_same(path, result.settings, settings, besides=_BESIDES)
+    return result
+
+
+def _like(training: Training, mesh: Mesh | None) -> TrainState:
+    """The shapes of the run's state, and their shardings."""
+    arm, seed = arm_named(training.arm), training.seed
+    like = eqx.filter_eval_shape(begin, arm, training.size, training.recipe, seed=seed)
+    return with_shardings(like, mesh)
+
+
+def load_run(folder: Path, console: Console) -> LoadedRun:
+    """Loads a run of `mode-lab train`, or an arm of an ablation, from its newest checkpoint.
 
     **Raises:** `ValueError` where `folder` is not that of a run, or holds no checkpoint.
     """
-    settings = read_settings(folder)
-    if "arm" not in settings:
-        raise ValueError(
-            f"`checkpoint` must be the folder of `mode-lab train`, got {folder}, an ablation's."
-        )
-    fields = {field.name for field in dataclasses.fields(Training)}
-    kept = {name: value for name, value in settings.items() if name in fields}
-    training = Training(
-        **{**kept, "size": Size(**kept["size"]), "recipe": Recipe(**kept["recipe"])}
-    )
-    (arm,) = arms_named([training.arm])
-    stood = None
-    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-        checkpoints = Checkpoints(folder / "checkpoints", training.keep)
-        stood = _restored(_like(arm, training, None), checkpoints, console, set_aside=False)
-    if stood is None:
+    settings = read_settings(folder, TrainSettings)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    like = _like(settings.options, None)
+    restored = checkpoints.newest(like, lambda text: say(console, text))
+    if restored is None:
         raise ValueError(
             f"`checkpoint` must hold a checkpoint, got {folder}, where none was saved yet. "
             "`mode-lab train` saves one every `--save-every` steps."
         )
-    return arm, training.size, len(stood.losses), stood.state.model
+    step, state, notes = restored
+    check_same(folder, notes.settings, settings, besides=_BESIDES)
+    return LoadedRun(settings, arm_named(settings.options.arm), step, state.model)

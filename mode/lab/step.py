@@ -3,89 +3,45 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 import mode
 
-from .arms import Arm, Size
+from .arms import Arm
 from .data import Batch
 from .devices import in_place
+from .options import Recipe as Recipe, Size
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How every arm is trained."""
+def learning_rates(recipe: Recipe, steps: int) -> Float[np.ndarray, " steps"]:
+    """The rate of each step: it rises in a line and falls as half a cosine to a twentieth.
 
-    learning_rate: float = 1e-2
-    """Peak of the cosine schedule, tuned on the dense arm alone."""
-    weight_decay: float = 0.01
-    """Of AdamW, on parameters; router state has none."""
-    clip: float = 1.0
-    """Largest global norm of a gradient."""
-    warmup: float = 0.05
-    """Share of the steps over which the rate rises from 0."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run, or leave the step out and say
-    so. Parameters are never updated by it."""
-
-
-class Schedule(eqx.Module):
-    """A learning rate that rises in a line and falls as half a cosine to a twentieth of its peak.
-
-    Its numbers are data of the program, where optax has them as constants: runs of other lengths
-    and rates are not compiled anew.
-
-    **Attributes:**
-
-    - `peak`: the highest rate.
-    - `warmup`, `steps`: the steps at which it is reached, and of the whole run.
+    Rates are given to a step as data: runs of other lengths and rates share its program.
     """
-
-    peak: Float[Array, ""]
-    warmup: Int[Array, ""]
-    steps: Int[Array, ""]
-
-    @staticmethod
-    def of(recipe: Recipe, steps: int) -> "Schedule":
-        """Of a recipe, over so many steps."""
-        warmup = min(steps - 1, max(1, round(recipe.warmup * steps)))
-        peak = jnp.asarray(recipe.learning_rate, jnp.float32)
-        return Schedule(peak, jnp.asarray(warmup, jnp.int32), jnp.asarray(steps, jnp.int32))
-
-    def rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """The rate after so many steps."""
-        done, warmup, steps = (x.astype(jnp.float32) for x in (step, self.warmup, self.steps))
-        fallen = jnp.clip((done - warmup) / (steps - warmup), 0, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * fallen))
-        return self.peak * jnp.minimum(done / warmup, _END + (1 - _END) * cosine)
-
-
-_END = 0.05
+    peak, warmup = recipe.learning_rate, min(steps - 1, max(1, round(recipe.warmup * steps)))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, peak / 20)
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps, dtype=jnp.float32)))
 
 
 class TrainState(eqx.Module):
-    """All that a step changes. `mode.causal` swaps the selectors in it, the optimizer's included.
+    """All that a step changes. `Arm.causal_in_training` swaps the selectors in all of it.
 
-    **Attributes:**
-
-    - `model`: parameters and router state.
-    - `optimizer`: of the parameters alone.
-    - `step`: steps taken.
-    - `key`: of the run; each step folds its number in.
-    - `schedule`: of the learning rate.
+    `step` is the number of steps done, `skipped` how many of the last of them in a row were
+    skipped, and `key` the data of the run's key, into which each step folds its number.
     """
 
     model: mode.Transformer
     optimizer: PyTree
     step: Int[Array, ""]
-    key: PRNGKeyArray
-    schedule: Schedule
+    skipped: Int[Array, ""]
+    key: UInt32[Array, " data"]
 
 
 def next_byte_loss(
@@ -100,11 +56,11 @@ def next_byte_loss(
 def loss_and_gradient(
     arm: Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], tuple[mode.Routing, ...], PyTree]:
-    """The next-byte loss, the routings, and the gradient of that loss and the arm's own.
+    """The next-byte loss, the routings, and the gradient of that loss plus the arm's own.
 
-    This is what a training step computes; `budget` counts the FLOPs of this very function.
+    A training step computes this; `budget` counts the FLOPs of this very function.
     """
-    parameters, rest = eqx.partition(model, mode.trainable(model))
+    parameters, rest = eqx.partition(model, mode.is_trainable(model))
 
     def objective(
         parameters: PyTree,
@@ -118,7 +74,7 @@ def loss_and_gradient(
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW of rate 1, gradients clipped; a step scales its updates by the schedule's rate."""
+    """AdamW of rate 1 on clipped gradients; a step multiplies its updates by the rate."""
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(1.0, b2=0.99, weight_decay=recipe.weight_decay),
@@ -126,42 +82,27 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 class Health(eqx.Module):
-    """What says how a step went.
-
-    **Attributes:**
-
-    - `loss`: in nats.
-    - `finite`: whether it and every gradient are.
-    - `logits`, `compute`: of each router, its largest logit and the slots filled per token.
+    """How a step went: the loss in nats, whether it and every gradient are finite, how many of the
+    last steps in a row were skipped, and of each router its largest logit and the slots filled per
+    token.
     """
 
     loss: Float[Array, ""]
     finite: Bool[Array, ""]
+    skipped: Int[Array, ""]
     logits: tuple[Float[Array, ""], ...]
     compute: tuple[Float[Array, ""], ...]
 
-    @staticmethod
-    def of(
-        loss: Float[Array, ""], gradient: PyTree, routings: tuple[mode.Routing, ...]
-    ) -> "Health":
-        """From what a step computed."""
-        leaves = [loss, *jax.tree.leaves(gradient)]
-        return Health(
-            loss,
-            jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])),
-            tuple(jnp.max(jnp.abs(routing.logits)) for routing in routings),
-            tuple(mode.routing_metrics(routing).compute for routing in routings),
-        )
 
-
-Step = Callable[[dict[str, Any], TrainState], tuple[TrainState, Health]]
+Step = Callable[[tuple[dict[str, Any], Any], TrainState], tuple[TrainState, Health]]
 
 
 def make_step(arm: Arm, recipe: Recipe) -> Step:
-    """One step, jitted: gradient, update, and then the router state moves. The state is donated.
+    """One step of a batch and a learning rate, jitted. The state is donated.
 
-    Where the loss or a gradient is not finite, the step counts and changes nothing. Arms and
-    recipes that differ in their schedules alone share one program.
+    Where the loss or a gradient is not finite, the step counts and changes nothing. (This guards
+    the router state too, which `optax.apply_if_finite` would not.) Recipes that differ in their
+    learning rates alone share one program.
     """
     return _jitted(arm, dataclasses.replace(recipe, learning_rate=1.0, warmup=0.0))
 
@@ -172,41 +113,48 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
-        sample: dict[str, Int[Array, "batch sample"]], state: TrainState
+        given: tuple[dict[str, Int[Array, "batch sample"]], Float[Array, ""]], state: TrainState
     ) -> tuple[TrainState, Health]:
-        key = jax.random.fold_in(state.key, state.step)
+        sample, rate = given
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
-        health = Health.of(loss, gradient, routings)
-        parameters = eqx.filter(state.model, mode.trainable(state.model))
-        # Inside optax integers meet floats: its business, where strict promotion is on.
+        leaves = jax.tree.leaves((loss, gradient))
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+        parameters = eqx.filter(state.model, mode.is_trainable(state.model))
+        # optax mixes integers and floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = optimizer.update(gradient, state.optimizer, parameters)
-        rate = state.schedule.rate(state.step)
         model = eqx.apply_updates(state.model, jax.tree.map(lambda update: rate * update, updates))
-        model = mode.update_state(model, routings, quantile_rate=arm.quantile_rate)
+        model = mode.update_router_state(model, routings, quantile_rate=arm.quantile_rate)
 
-        def kept(new: Any, old: Any) -> Any:
+        def select(new: Any, old: Any) -> Any:
             # Leaf by leaf: a conditional over all of them would have a GPU copy the whole state.
-            return jnp.where(health.finite, new, old) if eqx.is_array(new) else new
+            return jnp.where(finite, new, old) if eqx.is_array(new) else new
 
-        model, moments = jax.tree.map(kept, (model, moments), (state.model, state.optimizer))
-        after = TrainState(model, moments, state.step + 1, state.key, state.schedule)
-        return in_place(after), health
+        model, moments = jax.tree.map(select, (model, moments), (state.model, state.optimizer))
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        health = Health(
+            loss,
+            finite,
+            skipped,
+            tuple(jnp.max(jnp.abs(routing.logits)) for routing in routings),
+            tuple(mode.routing_metrics(routing).compute for routing in routings),
+        )
+        return in_place(TrainState(model, moments, state.step + 1, skipped, state.key)), health
 
     return step
 
 
-def begin(arm: Arm, size: Size, recipe: Recipe, *, steps: int, seed: int) -> TrainState:
-    """The state before the first of `steps` steps, spread over the mesh where one is set."""
+def begin(arm: Arm, size: Size, recipe: Recipe, *, seed: int) -> TrainState:
+    """The state before the first step, sharded over the mesh where one is set."""
 
     def make() -> TrainState:
         model_key, run_key = jax.random.split(jax.random.key(seed))
-        built = arm.build(size, key=model_key)
-        parameters = eqx.filter(built, mode.trainable(built))
-        moments = make_optimizer(recipe).init(parameters)
-        started = jnp.zeros((), jnp.int32)
-        return TrainState(built, moments, started, run_key, Schedule.of(recipe, steps))
+        model = arm.build(size, key=model_key)
+        moments = make_optimizer(recipe).init(eqx.filter(model, mode.is_trainable(model)))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(model, moments, zero, zero + 0, jax.random.key_data(run_key))
 
     # As one program, no device ever holds more than its part.
-    spread = not jax.sharding.get_abstract_mesh().empty
-    return eqx.filter_jit(lambda: in_place(make()))() if spread else make()
+    sharded = not jax.sharding.get_abstract_mesh().empty
+    return eqx.filter_jit(lambda: in_place(make()))() if sharded else make()

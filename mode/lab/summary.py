@@ -1,269 +1,186 @@
-"""What a model did under a selection, summed up: all the numbers of an analysis."""
+"""The numbers of an analysis: tables of what a model did on a text under each rule of selection."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
+from scipy import stats
 
-from .measures import (
-    CLASSES,
-    Estimate,
-    Spread,
-    bin_edges,
-    binned,
-    chance,
-    class_ratios,
-    class_totals,
-    correlations,
-    estimates,
-    expert_shares,
-    resamples,
-    spread,
-)
-from .observe import Observed, Router
+from .measures import CLASSES, bin_edges, bootstrap, class_ratios, correlations, count_in_bins
+from .observe import Observation
 
 
-# Tokens of a class below which draws of them say nothing about others.
-_FEW = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassShare:
-    """One class of bytes. What has no tokens, or a model without compute to share, is NaN.
-
-    **Attributes:**
-
-    - `name`: of `CLASSES`.
-    - `tokens`, `token_share`: how many, and of all tokens.
-    - `compute_share`: of all compute.
-    - `ratio`: of the two shares; of fewer than 20 tokens without an interval.
-    - `compute`, `entropy`: means over its tokens; the entropy in bits.
-    """
-
-    name: str
-    tokens: int
-    token_share: float
-    compute_share: float
-    ratio: Estimate
-    compute: float
-    entropy: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-    """The tokens of one compute.
-
-    **Attributes:**
-
-    - `compute`: how many experts, or blocks, of all routed layers took them.
-    - `tokens`, `share`: how many they are, and of all tokens.
-    - `chance`: the share there would be if each layer took its tokens whatever the others do.
-    - `entropy`: of the predictions made there, in bits.
-    """
-
-    compute: int
-    tokens: int
-    share: float
-    chance: float
-    entropy: Spread
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerWeights:
-    """One layer's router.
-
-    **Attributes:**
-
-    - `layer`: its number, from 1 at the bottom.
-    - `taken`, `passed`: weights of pairs of a token and an expert that took it, or did not.
-    - `above_half`: share of all pairs whose weight is above 0.5.
-    - `taken_bins`, `passed_bins`: how many weights lie between the `edges` of the router.
-    - `shares`: of the tokens that came, how many each expert took.
-    - `noop`: mean probability of all no-ops together; NaN without any.
-    """
-
-    layer: int
-    taken: Spread
-    passed: Spread
-    above_half: float
-    taken_bins: tuple[int, ...]
-    passed_bins: tuple[int, ...]
-    shares: tuple[float, ...]
-    noop: float
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterWeights:
-    """A router: nested ones are inside a routed block and see its slots.
-
-    `edges` are those of the histograms; the outermost bins hold what lies beyond.
-    """
-
-    nested: bool
-    edges: tuple[float, ...]
-    layers: tuple[LayerWeights, ...]
+# Tokens below which quantiles and intervals say nothing.
+FEW = 20
+_QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
+_DESCRIBED = ["count", "mean", "5%", "25%", "50%", "75%", "95%"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """All numbers of one selection.
+    """Tables with a column `selection`, the rule of selection. What is not defined is NaN.
+
+    *Compute* of a token is the number of experts, or routed blocks, that selected it.
 
     **Attributes:**
 
-    - `name`: of the selection.
-    - `bits`: per byte, of this text.
-    - `tokens`, `sequences`: that count.
-    - `layers`: the routed ones.
-    - `most`: the largest compute a token can have.
-    - `compute`: mean over the tokens.
-    - `entropy`: of the predictions, in bits.
-    - `pearson`, `spearman`: correlation of a token's compute and the entropy of its prediction.
+    - `totals`: a row for each selection: `bits_per_byte`, `tokens`, `sequences`, mean `compute` and
+        `entropy`, and the correlation of the two, `pearson` and `spearman` with `_low` and `_high`.
+    - `classes`: a row for each class of bytes: `tokens`, `token_fraction`, `compute_fraction`, the
+        `ratio` of the two with `_low` and `_high`, means of `compute` and `entropy`.
+    - `depths`: a row for each `compute`: the `fraction` of tokens with it, the fraction if layers
+        selected `independent`ly, and the entropy of their predictions: `count`, `mean`, quantiles.
+    - `routers`: a row for each layer of a `router`: the fraction of weights `above_half`, the
+        probability of `noop` experts, and the weights of pairs of a token and an expert that were
+        selected, or not: `selected_count`, `skipped_mean`, `skipped_95%` and so on.
+    - `loads`: a row for each `expert` of these: the `fraction` of the layer's tokens it selected.
+    - `histograms`: a row for each bin of weights of these, from `left` to `right`: the numbers of
+        `selected` and `skipped` pairs. The outermost bins hold what lies beyond as well.
+    - `layers`: the numbers of the routed layers.
+    - `max_compute`: the largest compute that a token can have.
     """
 
-    name: str
-    bits: float
-    tokens: int
-    sequences: int
+    totals: pd.DataFrame
+    classes: pd.DataFrame
+    depths: pd.DataFrame
+    routers: pd.DataFrame
+    loads: pd.DataFrame
+    histograms: pd.DataFrame
     layers: tuple[int, ...]
-    most: int
-    compute: float
-    entropy: Spread
-    pearson: Estimate
-    spearman: Estimate
-    classes: tuple[ClassShare, ...]
-    depths: tuple[Depth, ...]
-    routers: tuple[RouterWeights, ...]
+    max_compute: int
+
+    @property
+    def unit(self) -> str:
+        """What compute counts: `"blocks"` of Mixture-of-Depths, or else `"experts"`."""
+        return "blocks" if self.max_compute == len(self.layers) else "experts"
+
+    def of(self, table: str) -> dict[str, pd.DataFrame]:
+        """Returns the rows of a table by selection, in the order of the selections."""
+        frame: pd.DataFrame = getattr(self, table)
+        return {name: frame[frame["selection"] == name] for name in self.totals["selection"]}
 
 
 def summarise(
-    observed: dict[str, Observed],
+    observations: Mapping[str, Observation],
     classes: Int[np.ndarray, "sequences tokens"],
     *,
     seed: int,
     draws: int = 1000,
-) -> list[Summary]:
-    """The numbers of every selection of one model on one text.
+) -> Summary:
+    """Computes the tables of one model on one text.
 
     **Arguments:**
 
-    - `observed`: by the name of the selection.
-    - `classes`: of the text's tokens.
-    - `seed`, `draws`: of the bootstrap, and how often it draws; the same for all selections.
+    - `observations`: by the name of the rule of selection.
+    - `classes`: the class of each token, a number of `CLASSES`.
+    - `seed`, `draws`: of the bootstrap; the draws are the same for every selection.
     """
-    several = list(observed.values())
-    # The same bins for all selections: they are to be compared.
-    edges = [_edges([one.routers[n] for one in several]) for n in range(len(several[0].routers))]
-    # Of sequences without a token that counts there is nothing to draw.
-    sequences = int(several[0].counted.any(axis=1).sum())
-    drawn = resamples(sequences, draws, seed)
-    return [_summary(name, one, classes, drawn, edges) for name, one in observed.items()]
-
-
-def _summary(
-    name: str,
-    observed: Observed,
-    classes: Int[np.ndarray, "sequences tokens"],
-    draws: Int[np.ndarray, "count sequences"],
-    edges: Sequence[Float[np.ndarray, " edges"]],
-) -> Summary:
-    counted = observed.counted
-    used = np.flatnonzero(counted.any(axis=1))
-    sequence = np.searchsorted(used, np.nonzero(counted)[0])
-    entropy = observed.entropy[counted]
-    compute = observed.taken.sum(0)[counted]
-    spent = compute.astype(np.float64)
-    pearson, spearman = estimates(correlations(spent, entropy), sequence, draws)
-    return Summary(
-        name=name,
-        bits=observed.bits,
-        tokens=len(entropy),
-        sequences=len(used),
-        layers=observed.layers,
-        most=observed.most,
-        compute=float(spent.mean()),
-        entropy=spread(entropy),
-        pearson=pearson,
-        spearman=spearman,
-        classes=_classes(classes[counted], spent, entropy, sequence, draws),
-        depths=_depths(observed, compute, entropy),
-        routers=tuple(map(_router, observed.routers, edges)),
-    )
-
-
-def _classes(
-    classes: Int[np.ndarray, " tokens"],
-    spent: Float[np.ndarray, " tokens"],
-    entropy: Float[np.ndarray, " tokens"],
-    sequence: Int[np.ndarray, " tokens"],
-    draws: Int[np.ndarray, "count sequences"],
-) -> tuple[ClassShare, ...]:
-    one = np.ones_like(spent)
-    tokens, compute, bits = (class_totals(classes, x, one) for x in (one, spent, entropy))
-    ratios = [
-        found if count >= _FEW else Estimate(found.value, np.nan, np.nan)
-        for found, count in zip(
-            estimates(class_ratios(classes, spent), sequence, draws), tokens, strict=True
-        )
+    # The same bins for every selection, so that they can be compared.
+    by_router = zip(*(observation.routers for observation in observations.values()), strict=True)
+    edges = [
+        bin_edges(np.concatenate([router.weight[router.counted].ravel() for router in routers]))
+        for routers in by_router
     ]
-    with np.errstate(invalid="ignore"):
-        shares, computes, entropies = compute / spent.sum(), compute / tokens, bits / tokens
-    return tuple(
-        ClassShare(
-            name,
-            int(tokens[n]),
-            float(tokens[n] / len(spent)),
-            float(shares[n]),
-            ratios[n],
-            float(computes[n]),
-            float(entropies[n]),
-        )
-        for n, name in enumerate(CLASSES)
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for selection, observation in observations.items():
+        tokens = _tokens(observation, classes)
+        parts = {
+            "totals": _totals(observation, tokens, seed, draws),
+            "classes": _classes(tokens, seed, draws),
+            "depths": _depths(observation, tokens),
+            **_routers(observation, edges),
+        }
+        for name, frame in parts.items():
+            frame.insert(0, "selection", selection)
+            tables.setdefault(name, []).append(frame)
+    joined = {name: pd.concat(frames, ignore_index=True) for name, frames in tables.items()}
+    first = next(iter(observations.values()))
+    return Summary(**joined, layers=first.layers, max_compute=len(first.fractions))
+
+
+def _tokens(observation: Observation, classes: Int[np.ndarray, "sequences tokens"]) -> pd.DataFrame:
+    """Makes a row for each token that counts. Sequences without such tokens get no number."""
+    sequence = observation.counted.any(axis=1).cumsum() - 1
+    columns = {
+        "sequence": np.broadcast_to(sequence[:, None], observation.counted.shape),
+        "class": classes,
+        "compute": observation.counts.sum(0),
+        "entropy": observation.entropy,
+        "bits_per_byte": observation.loss,
+    }
+    return pd.DataFrame({name: values[observation.counted] for name, values in columns.items()})
+
+
+def _totals(observation: Observation, tokens: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
+    compute, entropy, sequence = (
+        tokens[name].to_numpy() for name in ("compute", "entropy", "sequence")
     )
+    sequences = int(sequence.max()) + 1
+    statistic = correlations(compute.astype(float), entropy, sequence)
+    estimates = bootstrap(statistic, sequences, seed=seed, draws=draws)
+    frame = tokens[["bits_per_byte", "compute", "entropy"]].mean().to_frame().T
+    frame.insert(1, "tokens", len(tokens))
+    frame.insert(2, "sequences", sequences)
+    for name, values in zip(("pearson", "spearman"), estimates, strict=True):
+        frame[[name, f"{name}_low", f"{name}_high"]] = values
+    return frame
 
 
-def _depths(
-    observed: Observed, compute: Int[np.ndarray, " tokens"], entropy: Float[np.ndarray, " tokens"]
-) -> tuple[Depth, ...]:
-    expected = chance(observed.rates)
-    found = []
-    for number in range(observed.most + 1):
-        here = compute == number
-        share = float(here.mean())
-        found.append(
-            Depth(number, int(here.sum()), share, float(expected[number]), spread(entropy[here]))
-        )
-    return tuple(found)
+def _classes(tokens: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
+    numbers = range(len(CLASSES))
+    sums = tokens.groupby(["sequence", "class"])["compute"].agg(["size", "sum"])
+    size, compute = (
+        sums[name].unstack(fill_value=0).reindex(columns=numbers, fill_value=0).to_numpy(float)
+        for name in ("size", "sum")
+    )
+    ratios = bootstrap(class_ratios(size, compute), len(size), seed=seed, draws=draws)
+    ratios[size.sum(0) < FEW, 1:] = np.nan
+    frame = pd.DataFrame({"class": CLASSES, "tokens": size.sum(0).astype(int)})
+    frame["token_fraction"] = size.sum(0) / size.sum()
+    frame["compute_fraction"] = compute.sum(0) / (compute.sum() or np.nan)
+    frame[["ratio", "ratio_low", "ratio_high"]] = ratios
+    return frame.join(tokens.groupby("class")[["compute", "entropy"]].mean())
 
 
-def _edges(routers: Sequence[Router]) -> Float[np.ndarray, " edges"]:
-    return bin_edges(np.concatenate([router.weight[router.counted].ravel() for router in routers]))
+def _depths(observation: Observation, tokens: pd.DataFrame) -> pd.DataFrame:
+    entropy = tokens.groupby("compute")["entropy"].describe(percentiles=_QUANTILES)
+    fractions = observation.fractions
+    entropy = entropy[_DESCRIBED].reindex(range(len(fractions) + 1))
+    entropy["count"] = entropy["count"].fillna(0).astype(int)
+    chance = np.ones(1)
+    if len(fractions):
+        chance = stats.poisson_binom(fractions).pmf(np.arange(len(entropy)))
+    frame = pd.DataFrame({"compute": entropy.index, "fraction": entropy["count"] / len(tokens)})
+    return frame.assign(independent=chance).join(entropy)
 
 
-def _router(router: Router, edges: Float[np.ndarray, " edges"]) -> RouterWeights:
-    shares = expert_shares(router.selected, router.counted)
-    layers = []
-    for place, layer in enumerate(router.layers):
-        counted = router.counted[place]
-        weight, selected = router.weight[place][counted], router.selected[place][counted]
-        taken, passed = weight[selected], weight[~selected]
-        noop = np.nan if router.noop is None or not counted.any() else router.noop[place][counted]
-        layers.append(
-            LayerWeights(
-                layer,
-                spread(taken),
-                spread(passed),
-                float((weight > 0.5).mean()) if weight.size else np.nan,
-                tuple(binned(taken, edges).tolist()),
-                tuple(binned(passed, edges).tolist()),
-                tuple(shares[place].tolist()),
-                float(np.mean(noop)),
-            )
-        )
-    return RouterWeights(router.nested, tuple(edges.tolist()), tuple(layers))
-
-
-def number(value: float, digits: int = 2) -> str:
-    """For people to read; a dash for what is not defined."""
-    # Added 0 takes the sign from a zero.
-    return f"{round(value, digits) + 0.0:.{digits}f}" if np.isfinite(value) else "-"
+def _routers(
+    observation: Observation, edges: list[Float[np.ndarray, " edges"]]
+) -> dict[str, pd.DataFrame]:
+    routers, loads, histograms = [], [], []
+    for number, router in enumerate(observation.routers):
+        for position, layer in enumerate(router.place.layers):
+            counted = router.counted[:, position]
+            weight = router.weight[:, position][counted].astype(np.float64)
+            selected = router.selected[:, position][counted]
+            name = {"router": number, "layer": layer, "nested": router.place.nested}
+            row: dict[str, float] = {"above_half": np.nan, "noop": np.nan}
+            bins = {"left": edges[number][:-1], "right": edges[number][1:]}
+            if len(weight):
+                row["above_half"] = (weight > 0.5).mean()
+                if router.noop is not None:
+                    row["noop"] = router.noop[:, position][counted].mean()
+            for kind, values in (("selected", weight[selected]), ("skipped", weight[~selected])):
+                described = pd.Series(values).describe(percentiles=_QUANTILES)
+                row |= {f"{kind}_{name}": described[name] for name in _DESCRIBED}
+                bins[kind] = count_in_bins(values, edges[number])
+            routers.append(name | row)
+            expert = range(1, weight.shape[1] + 1)
+            fraction = selected.mean(0) if len(selected) else np.nan
+            loads.append(pd.DataFrame({"expert": expert, "fraction": fraction}).assign(**name))
+            histograms.append(pd.DataFrame(bins).assign(**name))
+    frames = {"loads": loads, "histograms": histograms}
+    tables = {name: pd.concat(parts) if parts else pd.DataFrame() for name, parts in frames.items()}
+    return {"routers": pd.DataFrame(routers), **tables}

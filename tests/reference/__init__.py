@@ -40,17 +40,17 @@ from .losses import (
     balancing_bias as balancing_bias,
     coverage as coverage,
     load_balance_loss as load_balance_loss,
-    membership_bce as membership_bce,
-    position_bin as position_bin,
     precision_recall as precision_recall,
     router_entropy as router_entropy,
     router_z_loss as router_z_loss,
     running_quantile as running_quantile,
-    running_quantiles_by_position as running_quantiles_by_position,
+    selection_bce as selection_bce,
 )
 from .sampling import sampling_distribution as sampling_distribution
 from .transformer import (
+    AttentionOptions as AttentionOptions,
     BlockParams as BlockParams,
+    attention_score as attention_score,
     causal_attention as causal_attention,
     gelu as gelu,
     gelu_feedforward as gelu_feedforward,

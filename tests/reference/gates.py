@@ -1,4 +1,4 @@
-"""Scores and gates: from logits to what a selector ranks and what a slot weighs."""
+"""Scores and gates: from logits to the scores of a selector and the weights of the slots."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,7 +39,7 @@ def selection_scores(logits: Floats, gate: Gate, bias: Floats | None = None) -> 
 
 
 def combine_weights(logits: Floats, index: Ints, gate: Gate, scale: float = 1.0) -> Floats:
-    """`[experts, capacity]`: the weight on each slot's output, 0 where empty; no bias enters.
+    """`[experts, slots]`: the weight of each slot's output, 0 where empty; no bias enters.
 
     raw is MoD eq. 1 as printed; softmax is G of EC, over all choices, not renormalised.
     """
@@ -60,8 +60,8 @@ def combine_weights(logits: Floats, index: Ints, gate: Gate, scale: float = 1.0)
         elif gate == "softmax":
             weights[expert, slot] = softmax(logits[token])[expert]
         elif gate == "selected_softmax":
-            holders = [e for e in range(len(index)) if mask[token, e]]
-            weights[expert, slot] = softmax(logits[token, holders])[holders.index(expert)]
+            chosen = [e for e in range(len(index)) if mask[token, e]]
+            weights[expert, slot] = softmax(logits[token, chosen])[chosen.index(expert)]
         else:
             raise ValueError(f"unknown gate {gate!r}")
     return weights

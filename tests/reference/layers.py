@@ -26,7 +26,7 @@ def mixture_of_depths(
     x: Floats,
     w_router: Floats,
     block: Block,
-    fraction: float | Fraction,
+    capacity: float | Fraction,
     gate: Gate = "raw",
     valid: Bools | None = None,
     positions: Ints | None = None,
@@ -52,16 +52,16 @@ def mixture_of_depths(
     logits = router_logits(x, w_router.reshape(1, -1))
     scores = selection_scores(logits, gate)
     if select is None:
-        assignment = expert_choice(scores, valid, 1, token_capacity(num_tokens, fraction))
+        assignment = expert_choice(scores, valid, 1, token_capacity(num_tokens, capacity))
     else:
         assignment = select(scores, valid)
     weights = combine_weights(logits, assignment.index, gate, scale)
 
     out = as_float64(x).copy()
-    taken = [int(t) for t in assignment.index[0] if t < num_tokens]
-    if taken:
-        update = block(as_float64(x)[taken], positions[taken], segment_ids[taken])
-        for slot, token in enumerate(taken):
+    chosen = [int(t) for t in assignment.index[0] if t < num_tokens]
+    if chosen:
+        update = block(as_float64(x)[chosen], positions[chosen], segment_ids[chosen])
+        for slot, token in enumerate(chosen):
             out[token] = out[token] + weights[0, slot] * update[slot]
     return out, assignment
 
@@ -77,7 +77,7 @@ def mixture_of_experts(
     bias: Floats | None = None,
     scale: float = 1.0,
 ) -> tuple[Floats, Assignment]:
-    """X_out of EC: out_t = sum over the experts that took t of weight * expert(x_t).
+    """X_out of EC: out_t = sum over the experts that selected t of weight * expert(x_t).
 
     No residual is added. `w_router` is `[choices, dim]`; the rows after the experts are the
     no-ops of integrated MoDE (MoD section 4.3): they compete in the scores and add nothing.

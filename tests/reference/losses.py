@@ -25,7 +25,7 @@ def router_z_loss(logits: Floats, valid: Bools) -> float:
 def load_balance_loss(logits: Floats, load: Ints, valid: Bools) -> float:
     """choices * sum_i f_i P_i (Switch, arXiv:2101.03961), mean of the groups with tokens.
 
-    f_i is choice i's share of the load, P_i its mean probability over the group's valid tokens.
+    f_i is choice i's fraction of the load, P_i its mean probability over the group's valid tokens.
     """
     num_choices = logits.shape[-1]
     losses: list[float] = []
@@ -33,33 +33,33 @@ def load_balance_loss(logits: Floats, load: Ints, valid: Bools) -> float:
         rows = logits[group][valid[group]]
         if len(rows) == 0:
             continue
-        asked = float(sum(load[group]))
+        requested = float(sum(load[group]))
         total = 0.0
         for i in range(num_choices):
-            total += _ratio(float(load[group][i]), asked) * _mean([softmax(r)[i] for r in rows])
+            total += _ratio(float(load[group][i]), requested) * _mean([softmax(r)[i] for r in rows])
         losses.append(num_choices * total)
     return _mean(losses)
 
 
-def membership_bce(logits: Floats, selected: Bools, valid: Bools) -> float:
+def selection_bce(logits: Floats, selected: Bools, valid: Bools) -> float:
     """Mean over valid tokens and experts of the cross entropy of MoD section 3.5.
 
     `logits` and `selected` are `[..., tokens, experts]`.
     """
     losses: list[float] = []
-    for logit, taken in zip(as_float64(logits)[valid].flat, selected[valid].flat, strict=True):
+    for logit, target in zip(as_float64(logits)[valid].flat, selected[valid].flat, strict=True):
         log_in, log_out = -np.logaddexp(0.0, -logit), -np.logaddexp(0.0, logit)
-        losses.append(float(-log_in if taken else -log_out))
+        losses.append(float(-log_in if target else -log_out))
     return _mean(losses)
 
 
 def coverage(selected: Bools, valid: Bools) -> float:
-    """Share of valid tokens with at least one slot."""
+    """Fraction of valid tokens with at least one slot."""
     return _mean([float(any(row)) for row in selected[valid]])
 
 
 def precision_recall(predicted: Bools, selected: Bools, valid: Bools) -> tuple[float, float]:
-    """Of the predicted, the share selected; of the selected, the share predicted."""
+    """Fraction of the predicted that is selected, and of the selected that is predicted."""
     pairs = list(zip(predicted[valid].flat, selected[valid].flat, strict=True))
     hits = sum(1 for p, s in pairs if p and s)
     return (
@@ -77,9 +77,9 @@ def router_entropy(logits: Floats, valid: Bools) -> float:
 
 
 def running_quantile(
-    old: Floats, scores: Floats, valid: Bools, fraction: float | Fraction, rate: float, count: int
+    old: Floats, scores: Floats, valid: Bools, capacity: float | Fraction, rate: float, count: int
 ) -> Floats:
-    """One update of each expert's threshold towards this batch's top-`fraction` cut-off.
+    """One update of each expert's threshold towards this batch's top-`capacity` cut-off.
 
     The idea of Expert Threshold routing (arXiv:2603.11535). The valid tokens of all groups are
     pooled; `old` is `[experts]`, `scores` `[..., tokens, experts]`, `count` the earlier updates.
@@ -90,10 +90,10 @@ def running_quantile(
     new = as_float64(old).copy()
     if n == 0:
         return new
-    k = max(1, min(n, round(simplest_fraction(fraction) * n)))
+    k = max(1, min(n, round(simplest_fraction(capacity) * n)))
     for expert in range(len(new)):
         best_first = sorted(pooled[:, expert], reverse=True)
-        if fraction >= 1:  # a threshold that everyone passes, finite so that averages are
+        if capacity >= 1:  # a threshold that every token passes, finite so that averages are
             value = float(np.finfo(np.float32).min)
         elif k < n:
             value = (best_first[k - 1] + best_first[k]) / 2
@@ -103,44 +103,6 @@ def running_quantile(
             continue
         new[expert] += max(rate, 1 / (count + 1)) * (value - new[expert])
     return new
-
-
-def position_bin(position: int, num_bins: int) -> int:
-    """Bins of 8, 16, 32, 64, ... positions from 0 on; the last takes all that are left."""
-    chosen, end = 0, 8
-    while position >= end and chosen < num_bins - 1:
-        chosen += 1
-        end += 8 * 2**chosen
-    return chosen
-
-
-def running_quantiles_by_position(
-    old: Floats,
-    scores: Floats,
-    valid: Bools,
-    positions: Ints,
-    fraction: float | Fraction,
-    rate: float,
-    counts: Ints,
-) -> tuple[Floats, Ints]:
-    """`running_quantile` in each bin by itself: the new thresholds and counts of updates.
-
-    `old` is `[bins, experts]`, `counts` `[bins]`, `positions` as `valid`. A bin that no token ever
-    fell into repeats the nearest that one did, of two the lower. Scores are finite.
-    """
-    num_bins = len(old)
-    new, updates = as_float64(old).copy(), np.array(counts)
-    for one in range(num_bins):
-        inside = valid.copy()
-        for token in np.ndindex(valid.shape):
-            inside[token] &= position_bin(int(positions[token]), num_bins) == one
-        new[one] = running_quantile(old[one], scores, inside, fraction, rate, int(counts[one]))
-        updates[one] += inside.any()
-    seen = [one for one in range(num_bins) if updates[one]]
-    for one in range(num_bins):
-        if seen and one not in seen:
-            new[one] = new[min(seen, key=lambda other: (abs(other - one), other))]
-    return new, updates
 
 
 def balancing_bias(bias: Floats, load: Ints, rate: float) -> Floats:

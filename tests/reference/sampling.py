@@ -20,11 +20,11 @@ def sampling_distribution(
         result[ranked[0]] = 1
         return result
     kept = ranked[:top_k]
-    shares = softmax(logits[kept] / temperature)
+    probabilities = softmax(logits[kept] / temperature)
     nucleus, reached = [], 0.0
-    for token, share in zip(kept, shares, strict=True):
+    for token, probability in zip(kept, probabilities, strict=True):
         nucleus.append(token)
-        reached += share
+        reached += probability
         if reached >= top_p:
             break
     result[nucleus] = softmax(logits[nucleus] / temperature)

@@ -30,23 +30,64 @@ def rope(x: Floats, positions: Ints, theta: float = 10_000.0) -> Floats:
     return out
 
 
-def causal_attention(q: Floats, k: Floats, v: Floats, segment_ids: Ints) -> Floats:
-    """softmax(q k^T / sqrt(head_dim)) v over the past of the same segment, segment 0 excluded.
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What changes the scores of attention; by default the scale alone."""
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    window: int | None = None
+    alibi: bool = False
+
+
+def attention_score(
+    q: Floats, k: Floats, distance: int, head: int, num_heads: int, options: AttentionOptions
+) -> float:
+    """The score of a query and a key `distance` positions earlier; `head` counts from 0.
+
+    Scale: arXiv:1706.03762, eq. 1. Soft cap: arXiv:2408.00118, section 2. ALiBi: arXiv:2108.12409,
+    section 3. A window makes it minus infinity at its length (arXiv:2004.05150, section 3.1).
+    """
+    if options.window is not None and distance >= options.window:
+        return -np.inf
+    score = float(q @ k) * (1 / np.sqrt(len(q)) if options.scale is None else options.scale)
+    if options.soft_cap is not None:
+        score = options.soft_cap * np.tanh(score / options.soft_cap)
+    if options.alibi:
+        score -= 2 ** (-8 * (head + 1) / num_heads) * distance
+    return score
+
+
+def causal_attention(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    segment_ids: Ints,
+    positions: Ints | None = None,
+    options: AttentionOptions = AttentionOptions(),
+) -> Floats:
+    """softmax(scores) v over the past of the same segment, segment 0 excluded.
 
     `q` is `[tokens, heads, head_dim]`; `k` and `v` have kv_heads, each shared by
     heads // kv_heads query heads (Ainslie et al. 2023, arXiv:2305.13245). A query
-    that sees no key gives zeros.
+    that sees no key gives zeros. Distances are between `positions`, by default 0, 1, ...
     """
     q, k, v = as_float64(q), as_float64(k), as_float64(v)
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     shared_by = num_heads // k.shape[1]
+    at = np.arange(num_tokens) if positions is None else positions
     out = np.zeros(q.shape)
     for i, h in np.ndindex(num_tokens, num_heads):
         g = h // shared_by
         seen = [j for j in range(i + 1) if segment_ids[j] == segment_ids[i] != 0]
         if seen:
-            share = softmax([q[i, h] @ k[j, g] / np.sqrt(head_dim) for j in seen])
-            out[i, h] = sum(p * v[j, g] for p, j in zip(share, seen, strict=True))
+            weights = softmax(
+                [
+                    attention_score(q[i, h], k[j, g], int(at[i] - at[j]), h, num_heads, options)
+                    for j in seen
+                ]
+            )
+            out[i, h] = sum(p * v[j, g] for p, j in zip(weights, seen, strict=True))
     return out
 
 
@@ -79,7 +120,8 @@ class BlockParams:
     feedforward: Callable[[Floats], Floats]
     num_heads: int
     num_kv_heads: int
-    theta: float = 10_000.0
+    theta: float | None = 10_000.0
+    options: AttentionOptions = AttentionOptions()
 
 
 def transformer_block_delta(
@@ -91,6 +133,8 @@ def transformer_block_delta(
     q = (normed @ params.w_q).reshape(len(x), params.num_heads, -1)
     k = (normed @ params.w_k).reshape(len(x), params.num_kv_heads, -1)
     v = (normed @ params.w_v).reshape(len(x), params.num_kv_heads, -1)
-    q, k = rope(q, positions, params.theta), rope(k, positions, params.theta)
-    attended = causal_attention(q, k, v, segment_ids).reshape(len(x), -1) @ params.w_o
+    if params.theta is not None:
+        q, k = rope(q, positions, params.theta), rope(k, positions, params.theta)
+    mixed = causal_attention(q, k, v, segment_ids, positions, params.options)
+    attended = mixed.reshape(len(x), -1) @ params.w_o
     return attended + params.feedforward(rms_norm(x + attended, params.norm2))

@@ -1,1 +1,1 @@
-"""The isoFLOP laboratory: many runs at equal training FLOPs, and what they are evidence for."""
+"""The isoFLOP laboratory: many runs at equal training FLOPs, and the claims that they support."""

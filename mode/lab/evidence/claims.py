@@ -1,139 +1,244 @@
-"""The paper's claims that can be tested at a small scale, each with its test."""
+"""The paper's claims that can be tested at a small scale, their tests, and the report of them."""
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
-from .findings import (
-    Test,
-    best_capacity,
-    better,
-    costs,
-    deeper_than_wider,
-    forward_share,
-    gap,
-    optimum,
-    predictor_accuracy,
-)
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from ..console import say
+from ..files import write_text
+from ..folder import read_settings
+from ..tables import to_console, to_markdown
+from .frame import PAIR, Interval, Runs, to_frame
+from .records import Store, SweepSettings
+
+
+Verdict = Literal["reproduced", "contradicted", "not resolved at this scale", "not run"]
+UNRESOLVED: Verdict = "not resolved at this scale"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One claim.
+    """A claim of the paper: some values lie between two bounds.
 
     **Attributes:**
 
-    - `statement`: in our words.
     - `source`: section or figure of arXiv:2404.02258.
-    - `how`: the test, in words.
-    - `test`: what it gives.
+    - `statement`: the claim in our words.
+    - `values`: indexed by budget and seed, by what they are; all must lie between the bounds. NaN
+        is a fit that has no lowest point, infinity one that is never low enough.
+    - `spec`, `unit`: the format of the numbers.
+    - `low`, `high`: the bounds.
     """
 
-    statement: str
     source: str
-    how: str
-    test: Test
+    statement: str
+    values: Callable[[Runs], dict[str, pd.Series]]
+    spec: str = "+.4f"
+    unit: str = " bits per byte"
+    low: float = 0.0
+    high: float = math.inf
+
+    def test(self, runs: Runs) -> tuple[str, Verdict]:
+        """Tests the claim on the runs of a folder.
+
+        **Returns:** numbers in words, and the verdict.
+        """
+        values = {name: series for name, series in self.values(runs).items() if len(series)}
+        if not values:
+            return "no such runs", "not run"
+        texts, verdicts = zip(*itertools.starmap(self._judge, values.items()), strict=True)
+        worst = max(verdicts, key=("reproduced", UNRESOLVED, "contradicted").index)
+        return "; ".join(texts), worst
+
+    def _judge(self, name: str, series: pd.Series) -> tuple[str, Verdict]:
+        count, series = len(series), series.dropna()
+        never = series[np.isinf(series)]
+        if series.empty:
+            return f"{name}: no optimum is between the sizes run", UNRESOLVED
+        if len(never):
+            text = f"{name}: never in {len(never)} of {len(series)} pairs of fits"
+            return text, "contradicted" if len(never) == len(series) else UNRESOLVED
+        whole = Interval.of(series)
+        text = f"{name}: {whole.text(self.spec, self.unit)}"
+        groups = list(series.groupby(level="budget"))
+        for budget, group in groups if len(groups) > 1 else ():
+            text += f", {Interval.of(group).text(self.spec)} at {budget:.3g}"
+        if len(series) < count:
+            text += f", no optimum in {count - len(series)} of {count} pairs of fits"
+        if self.low < whole.low and whole.high < self.high:
+            return text, "reproduced"
+        outside = whole.high < self.low or self.high < whole.low
+        return text, "contradicted" if outside else UNRESOLVED
 
 
-CLAIMS: tuple[Claim, ...] = (
+def _better(source: str, statement: str, one: str, other: str) -> Claim:
+    """Claims that an arm has a lower causal loss than another one, at the reference."""
+
+    def values(runs: Runs) -> dict[str, pd.Series]:
+        losses = runs.at_reference(other)["causal"] - runs.at_reference(one)["causal"]
+        return {f"{other} minus {one}": losses.dropna()}
+
+    return Claim(source, statement, values)
+
+
+def _auxiliary(statement: str, arm: str, low: float, high: float) -> Claim:
+    """Claims that an auxiliary loss adds between `low` and `high` per cent to the top-k loss."""
+
+    def values(runs: Runs) -> dict[str, pd.Series]:
+        base, other = (runs.at_reference(name)["top_k"] for name in ("mod-after", arm))
+        return {f"top-k loss of {arm} above mod-after": (100 * (other - base) / base).dropna()}
+
+    return Claim("3.5", statement, values, "+.2f", " %", low, high)
+
+
+def _optimum(source: str, statement: str, lower: str, higher: str) -> Claim:
+    """Claims that one arm's lowest loss over sizes is lower than another's."""
+
+    def values(runs: Runs) -> dict[str, pd.Series]:
+        pairs = runs.fits.reindex(columns=[lower, higher]).dropna()
+        losses = pairs.map(lambda fit: fit.lowest)
+        return {f"{lower} below {higher}": 100 * (1 - losses[lower] / losses[higher])}
+
+    return Claim(source, statement, values, "+.2f", " %")
+
+
+def _cost(runs: Runs) -> dict[str, pd.Series]:
+    pairs = runs.fits.reindex(columns=["mod", "dense"]).dropna()
+    costs = [mod.cost_of(dense) for mod, dense in pairs.to_numpy()]
+    name = "forward FLOPs where MoD is as good as the dense optimum / those of that optimum"
+    return {name: pd.Series(costs, pairs.index, float)}
+
+
+def _capacities(runs: Runs) -> dict[str, pd.Series]:
+    frame, best = runs.varying("capacity").query("arm == 'mod'"), runs.reference.capacity
+    losses = frame.pivot(index=PAIR, columns="size.capacity", values="causal")
+    if best not in losses:
+        return {}
+    others = losses.drop(columns=best).sub(losses[best], axis="index")
+    return {f"loss at {other:g} minus at {best:g}": others[other].dropna() for other in others}
+
+
+def _shapes(runs: Runs) -> dict[str, pd.Series]:
+    """A deeper and a wider model of equal cost within a tenth, both larger than the reference."""
+    frame = runs.varying("dim", "depth", "heads").query("arm == 'mod'")
+    losses = frame.pivot(index=PAIR, columns="shape", values="causal")
+    sizes = frame.drop_duplicates("shape").set_index("shape")
+    flops = sizes["forward_flops"]
+    sizes = sizes[flops > runs.at_reference("mod")["forward_flops"].max()]
+    return {
+        f"{wider} minus {deeper}, at {flops[wider] / flops[deeper]:.2f} of its forward FLOPs": (
+            losses[wider] - losses[deeper]
+        ).dropna()
+        for deeper in sizes.index[sizes["size.dim"] == runs.reference.dim]
+        for wider in sizes.index[sizes["size.depth"] == runs.reference.depth]
+        if abs(flops[deeper] / flops[wider] - 1) < 0.1
+    }
+
+
+def accuracy(frame: pd.DataFrame) -> pd.Series:
+    """Computes how often a causal rule agrees with top-k, as a fraction of the tokens.
+
+    **Arguments:**
+
+    - `frame`: `precision` and `recall` of the rule, and the fraction of the tokens that it selects,
+        `slots`, and that top-k selects, `slots_top_k`.
+    """
+    both = frame["recall"] * frame["slots_top_k"]
+    selected = (both / frame["precision"]).where(frame["precision"] > 0, frame["slots"])
+    return 1 - (selected - both) - (frame["slots_top_k"] - both)
+
+
+def _accuracies(runs: Runs) -> dict[str, pd.Series]:
+    frame = runs.at_reference("mod-predictor")
+    if frame.empty:
+        return {}
+    name = "accuracy"
+    for place, when in ((0, "an eighth"), (3, "half")):
+        marks = [row[min(place, len(row) - 1)] for row in frame["marks"]]
+        early = pd.DataFrame(marks, frame.index).assign(slots_top_k=frame["slots_top_k"])
+        name += f" {100 * accuracy(early).mean():.1f} % after {when},"
+    nothing = 100 * (1 - frame["slots_top_k"].iloc[0])
+    precision, recall = frame["precision"].mean(), frame["recall"].mean()
+    name += f" {nothing:.1f} % of a rule that selects nothing; at the end precision {precision:.2f}"
+    return {f"{name}, recall {recall:.2f}, accuracy": 100 * accuracy(frame)}
+
+
+def _gap(runs: Runs) -> dict[str, pd.Series]:
+    frame = runs.at_reference("mod-predictor")
+    return {
+        "causal loss of mod-predictor above its top-k loss": 100
+        * (frame["causal"] / frame["top_k"] - 1)
+    }
+
+
+CLAIMS = (
+    _better("4.1, fig. 3", "Learned routing beats random routing", "mod", "mod-random"),
+    _optimum("4.1, fig. 3", "Learned beats random, each at its best size", "mod", "mod-random"),
+    _optimum("4.1, fig. 3", "Dense beats random, each at its best size", "dense", "mod-random"),
+    _better("4.1", "Routing every other block beats routing every block", "mod", "mod-every"),
+    Claim("4.1", "A capacity of 12.5 % is the best", _capacities),
+    _optimum("4.1, fig. 4", "The best MoD model beats the best dense model", "mod", "dense"),
     Claim(
-        "Learned routing beats routing by noise",
-        "4.1, fig. 3",
-        "mod against mod-random at one size, causal loss",
-        better("mod", "mod-random"),
+        "4.1, fig. 4",
+        "MoD is as good as the best dense model at fewer FLOPs",
+        *(_cost, ".2f", "", 0.0, 1.0),
     ),
+    Claim("4.1", "The FLOPs saved are better spent on depth than on width", _shapes),
     Claim(
-        "Learned routing beats routing by noise, each at its best size",
-        "4.1, fig. 3",
-        "lowest points of the fits over sizes, seed by seed, causal loss",
-        optimum("mod", "mod-random"),
+        "3.5, fig. 6",
+        "A predictor agrees with top-k on 97 % of the tokens",
+        *(_accuracies, "+.1f", " %", 97.0),
     ),
+    _auxiliary("A predictor costs nothing under top-k (within 0.1 %)", "mod-predictor", -0.1, 0.1),
+    _auxiliary("Router cross entropy costs 0.2 to 0.3 % under top-k", "mod-bce-0.1", 0.2, 0.3),
     Claim(
-        "Routing by noise is worse than the dense model, each at its best size",
-        "4.1, fig. 3",
-        "lowest points of the fits over sizes, seed by seed, causal loss",
-        optimum("dense", "mod-random"),
-    ),
-    Claim(
-        "Routing every other block is crucial, against every block",
-        "4.1",
-        "mod against mod-every, causal loss",
-        better("mod", "mod-every"),
-    ),
-    Claim(
-        "A capacity of 12.5 % is the best",
-        "4.1",
-        "mod at that capacity against each other one, causal loss",
-        best_capacity,
-    ),
-    Claim(
-        "At equal training FLOPs, the best MoD model beats the best dense one",
-        "abstract, 4.1, fig. 4",
-        "lowest points of the fits over sizes, seed by seed, causal loss",
-        optimum("mod", "dense"),
-    ),
-    Claim(
-        "MoD is as good as the best dense model at fewer FLOPs per forward pass",
-        "abstract, 4.1, fig. 4",
-        "where MoD's fit over sizes first reaches the lowest point of the dense one, seed by seed",
-        forward_share,
-    ),
-    Claim(
-        "The FLOPs saved are better spent on depth than on width",
-        "4.1",
-        "mod, a deeper against a wider model of about equal forward FLOPs",
-        deeper_than_wider,
-    ),
-    Claim(
-        "A predictor says with an accuracy of at least 97 % what top-k takes",
-        "3.5, 4.2, fig. 6",
-        "mod-predictor at the hidden states of its top-k run, held out",
-        predictor_accuracy,
-    ),
-    Claim(
-        "The predictor costs nothing under top-k",
-        "3.5",
-        "mod-predictor against mod-after, which has none; within 0.1 %",
-        costs("mod-predictor", -0.1, 0.1),
-    ),
-    Claim(
-        "Cross entropy on the router costs 0.2 to 0.3 % under top-k",
-        "3.5",
-        "mod-bce-0.1 against mod-after; the paper gives no weight",
-        costs("mod-bce-0.1", 0.2, 0.3),
-    ),
-    Claim(
-        "Going from top-k to the predictor costs little: less than 0.3 %",
         "4.2, fig. 6",
-        "causal against top-k loss of mod-predictor; the bound is ours, the paper prints none",
-        gap("mod-predictor", 0.3),
+        "Sampling by the predictor costs less than 0.3 % (our bound)",
+        *(_gap, "+.2f", " %", -math.inf, 0.3),
     ),
-    Claim(
-        "With a predictor, causally, MoD is still better than the dense model",
-        "4.2, fig. 6",
-        "mod-predictor against dense at one size and equal training FLOPs",
-        better("mod-predictor", "dense"),
-    ),
-    Claim(
-        "MoD and MoE compound: staged MoDE beats MoE",
-        "4.3, fig. 7",
-        "mode-staged against moe, causal loss",
-        better("mode-staged", "moe"),
-    ),
-    Claim(
-        "MoD and MoE compound: staged MoDE beats MoD",
-        "4.3, fig. 7",
-        "mode-staged against mod, causal loss",
-        better("mode-staged", "mod"),
-    ),
-    Claim(
-        "Integrated MoDE beats lowering the capacity of experts",
-        "4.3",
-        "mode-integrated against moe-reduced, of equal slots, causal loss",
-        better("mode-integrated", "moe-reduced"),
-    ),
-    Claim(
-        "The raw weight of equation 1 trains better than its sigmoid (a question, not a claim)",
-        "3.4, 3.5",
-        "mod against mod-sigmoid, causal loss",
-        better("mod", "mod-sigmoid"),
-    ),
+    _better("4.2, fig. 6", "Causal MoD with a predictor beats dense", "mod-predictor", "dense"),
+    _better("4.3, fig. 7", "Staged MoDE beats MoE", "mode-staged", "moe"),
+    _better("4.3, fig. 7", "Staged MoDE beats MoD", "mode-staged", "mod"),
+    _better("4.3", "Integrated MoDE beats smaller capacity", "mode-integrated", "moe-reduced"),
+    _better("3.4, 3.5", "A question: raw weights beat sigmoid weights", "mod", "mod-sigmoid"),
 )
+
+_READING = """\
+Loss is causal, held out, in bits per byte. Arms are compared at one size, where no sizes are named,
+and over sizes by the lowest points of the parabolas of `report.md`, seed by seed. Intervals in
+brackets are Student's, of confidence 0.95, for the mean of differences between runs of one seed and
+budget. A verdict is *reproduced* where the interval lies on the claim's side, *contradicted* where
+it lies on the other side, and otherwise *not resolved at this scale*.
+
+Seeds differ in parameters, data order and random routing; the text, the code and the small scale
+are the same in all of them, so no interval says anything about other texts or larger models. Runs
+of several budgets count as independent although they have their seeds in common; where budgets
+differ, read each by itself. With many claims, one in twenty such intervals misses by chance.
+"""
+
+
+def report_claims(out: Path, console: Console) -> None:
+    """Tests all claims on the runs of a folder: `claims.md`, `claims.json` and a table.
+
+    **Raises:** `ValueError` where the folder holds no runs, or runs that cannot be compared.
+    """
+    settings = read_settings(out, SweepSettings)
+    records = Store(out).all(settings)
+    if not records:
+        raise ValueError(f"`out` must hold at least one finished run, got {out}, which has none.")
+    runs = Runs.of(to_frame(records), settings.reference)
+    rows = [(claim.statement, claim.source, *claim.test(runs)) for claim in CLAIMS]
+    table = pd.DataFrame(rows, columns=pd.Index(["claim", "source", "numbers", "verdict"]))
+    write_text(out / "claims.json", table.to_json(orient="records", indent=1) + "\n")
+    write_text(
+        out / "claims.md", f"# The paper's claims, tested\n\n{to_markdown(table)}\n\n{_READING}"
+    )
+    console.print(to_console(table[["verdict", "claim", "numbers"]], title="Claims"))
+    say(console, f"See {out / 'claims.md'}.")

@@ -1,39 +1,47 @@
-"""One record per run, in a folder that can be added to at any time and from any machine.
+"""The records of a sweep: one file per finished run, in a folder that can grow at any time.
 
-A record's file is named after its configuration, so that a run is never repeated and two folders
-are joined by copying. It is moved to its place when the run is over: where it stands, it is whole.
+A file is named after the configuration of its run, so that no run is repeated, and two folders are
+joined by copying files.
 """
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from ..arms import Size
-from ..files import write_json
-from ..step import Recipe
+import pydantic
+
+from ..files import Record, content_digest, read_record, write_record, write_text
+from ..folder import check_out
+from ..options import Recipe, Size
 
 
-# Of what a record holds and what an arm's name means: another one cannot be compared.
-FORMAT = 1
-# Seeds from here on are for the search of learning rates, apart from all that is compared.
+# Seeds from here on belong to the search of learning rates. No comparison uses these runs.
 SEARCH_SEED = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What decides how a run goes; equal runs give equal results on one machine.
+class SweepSettings(Record):
+    """What the runs of a folder have in common. `recipe` holds for all but the learning rate, for
+    which `rates` and `search_budget` are. Arms are compared at the size `reference`."""
 
-    **Attributes:**
+    format: ClassVar[str] = "mode-lab isoflop"
+    version: ClassVar[int] = 1
 
-    - `arm`: its name, one of `VARIANTS`.
-    - `size`, `recipe`: of the model and its training.
-    - `budget`: training FLOPs.
-    - `seed`: of parameters, data order and random routing.
-    - `held_out`: sequences it is evaluated on.
-    - `corpus`: the fingerprint of the text.
+    reference: Size
+    rates: tuple[float, ...]
+    search_budget: float
+    held_out: int
+    recipe: Recipe
+    corpus: str
+
+
+class Run(pydantic.BaseModel):
+    """The configuration of a run. Equal configurations give equal results on one machine.
+
+    `budget` are training FLOPs, `held_out` the most sequences to evaluate on, and `corpus` is the
+    fingerprint of the text.
     """
+
+    model_config = Record.model_config
 
     arm: str
     size: Size
@@ -45,61 +53,57 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For the file: readable, and different for every difference."""
-        size = size_name(self.size)
-        return f"{self.arm}_{size}_{self.budget:.3g}_{self.seed}_{self.digest}"
+        """Name of the record's file: readable, and different for every configuration."""
+        digest = content_digest(self.model_dump(mode="json"))[:12]
+        return f"{self.arm}_{shape_name(self.size)}_{self.budget:.3g}_{self.seed}_{digest}"
 
     @property
-    def digest(self) -> str:
-        """Of everything in it."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    def group(self) -> str:
+        """Name of the runs that share their compiled programs: those of one arm and size."""
+        return f"{self.arm}_{content_digest(dataclasses.asdict(self.size))[:12]}"
+
+    def at_rate(self, rate: float) -> "Run":
+        """Returns this run at another learning rate."""
+        recipe = dataclasses.replace(self.recipe, learning_rate=rate)
+        return self.model_copy(update={"recipe": recipe})
 
 
-def size_name(size: Size) -> str:
-    """Features and layers, as `32x4`."""
+def shape_name(size: Size) -> str:
+    """Returns features and layers of a size, as `32x4`."""
     return f"{size.dim}x{size.depth}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Mark:
-    """How a run stood on the way: on fewer held-out sequences than at its end.
+class Mark(pydantic.BaseModel):
+    """An evaluation during a run, or at its end.
 
-    **Attributes:**
-
-    - `step`: steps taken.
-    - `bits_top_k`, `bits_causal`: held-out bits per byte, under the training selection, and causal.
-    - `precision`, `recall`: of the outermost router's causal rule; `None` where there is none.
-    - `compute`: slots filled per token by the outermost router, causally; `None` for a dense arm.
+    `top_k` and `causal` are held-out bits per byte, under the training selection and causally;
+    `precision` and `recall` are those of the outermost router's causal rule against top-k; `slots`
+    are those that this router fills per token, causally. `None` where there is no such router.
     """
+
+    model_config = Record.model_config
 
     step: int
-    bits_top_k: float
-    bits_causal: float
+    top_k: float
+    causal: float
     precision: float | None
     recall: float | None
-    compute: float | None
+    slots: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """All that is known of a finished run.
+class RunRecord(Record):
+    """The result of a finished run.
 
-    **Attributes:**
-
-    - `run`: its configuration.
-    - `parameters`: how many it trained.
-    - `forward_flops`: of a forward pass, per token, under the training selection.
-    - `step_flops`, `steps`: FLOPs of one step's loss and gradient, and how many it took.
-    - `end`: as the last of the marks, on all held-out sequences.
-    - `compute_top_k`: slots filled per token by the outermost router under the training selection.
-    - `marks`: on the way.
-    - `curve`: training loss in bits per byte, means of equal parts of the run.
-    - `seconds`: of the run, by what they went into: `training`, `waiting` (for data, a part of it),
-        `evaluating`.
-    - `step_seconds`: median time of a step.
-    - `versions`, `machine`: what it was made with.
+    `forward_flops` are per token, `step_flops` of one step's loss and gradient. `end` evaluates all
+    held-out sequences after the last step, `marks` fewer of them during the run. `slots_top_k` are
+    filled per token by the outermost router under the training selection. `losses` are means of the
+    training loss in bits per byte over equal parts of the run. `seconds` went into `training`, its
+    part `waiting` for data, and `evaluating`.
     """
+
+    format: ClassVar[str] = "isoflop run"
+    version: ClassVar[int] = 2
+    remedy: ClassVar[str] = "Delete it, and the same command trains the run again."
 
     run: Run
     parameters: int
@@ -107,9 +111,9 @@ class Record:
     step_flops: int
     steps: int
     end: Mark
-    compute_top_k: float | None
+    slots_top_k: float | None
     marks: tuple[Mark, ...]
-    curve: tuple[float, ...]
+    losses: tuple[float, ...]
     seconds: dict[str, float]
     step_seconds: float
     versions: dict[str, str]
@@ -117,99 +121,59 @@ class Record:
 
 
 class Store:
-    """The records in a folder.
-
-    **Arguments:**
-
-    - `folder`: made where it does not exist.
-    """
+    """The records in a folder, which is made where it does not exist."""
 
     def __init__(self, folder: Path):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`out` must be a folder or not exist yet, got the file {folder}.")
+        check_out(folder)
         self.folder = folder
 
     def path(self, run: Run) -> Path:
-        """Where the record of a run is, or will be."""
+        """Returns where the record of a run is, or will be."""
         return self.folder / "records" / f"{run.name}.json"
 
-    def has(self, run: Run) -> bool:
-        """Whether the run is over, well or badly."""
-        return self.path(run).exists() or self._failure(run).exists()
+    def failure_path(self, run: Run) -> Path:
+        """Returns where the reason is, or would be, why a run gave no result."""
+        return self.folder / "failures" / f"{run.name}.txt"
 
-    def get(self, run: Run) -> Record | None:
-        """Its record, where it ended well."""
-        return read_record(self.path(run)) if self.path(run).exists() else None
+    def is_finished(self, run: Run) -> bool:
+        """Whether a run ended, with a result or without."""
+        return self.path(run).exists() or self.failure_path(run).exists()
 
-    def fail(self, run: Run, why: str) -> None:
-        """Keep that a run gave no result, so that it is not begun again."""
-        path = self._failure(run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, "run": dataclasses.asdict(run), "why": why})
+    def get(self, run: Run) -> RunRecord | None:
+        """Reads the record of a run, if it ended with a result."""
+        return read_record(self.path(run), RunRecord) if self.path(run).exists() else None
 
-    def failures(self) -> dict[str, str]:
-        """Why runs gave no result, by their names."""
-        paths = sorted((self.folder / "failures").glob("*.json"))
-        return {path.stem: json.loads(path.read_text(encoding="utf-8"))["why"] for path in paths}
-
-    def _failure(self, run: Run) -> Path:
-        return self.folder / "failures" / f"{run.name}.json"
-
-    def add(self, record: Record) -> None:
-        """Keep a record, whole or not at all."""
+    def add(self, record: RunRecord) -> None:
+        """Writes a record, whole or not at all."""
         path = self.path(record.run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, **dataclasses.asdict(record)})
+        write_record(path, record)
 
-    def all(self) -> list[Record]:
-        """Every record, by name.
+    def fail(self, run: Run, reason: str) -> None:
+        """Writes why a run gave no result, so that it is not started again."""
+        path = self.failure_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, reason + "\n")
 
-        **Raises:** `ValueError` for a record of another format, one that is not as it was written,
-        and two of one run.
+    def failures(self) -> dict[str, str]:
+        """Reads why runs gave no result, by the names of the runs."""
+        paths = sorted((self.folder / "failures").glob("*.txt"))
+        return {path.stem: path.read_text(encoding="utf-8").strip() for path in paths}
+
+    def all(self, settings: SweepSettings) -> list[RunRecord]:
+        """Reads every record, in the order of their names.
+
+        **Raises:** `ValueError` for a file that is not as it was written, has not the name of its
+        run, or belongs to runs of other settings.
         """
-        found: dict[Run, Path] = {}
         paths = sorted((self.folder / "records").glob("*.json"))
-        records = {path: read_record(path) for path in paths}
-        for path, record in records.items():
-            if record.run in found:
+        records = {path: read_record(path, RunRecord) for path in paths}
+        wanted = (settings.corpus, settings.held_out, settings.recipe)
+        for path, run in ((path, record.run) for path, record in records.items()):
+            recipe = run.at_rate(settings.recipe.learning_rate).recipe
+            if path.stem != run.name or (run.corpus, run.held_out, recipe) != wanted:
                 raise ValueError(
-                    f"`out` must hold one record of a run, got two, {found[record.run]} and "
-                    f"{path}. Delete one."
-                )
-            found[record.run] = path
-        for path, record in records.items():
-            if path.stem != record.run.name:
-                raise ValueError(
-                    f"the record {path} must be named after its run, {record.run.name}: it was "
-                    "changed or renamed. Delete it, or give it its name back."
+                    f"`out` must hold runs of one corpus, recipe and number of held-out sequences, "
+                    f"each named after its run, got {path}. Move it to a folder of its own."
                 )
         return list(records.values())
-
-
-def read_record(path: Path) -> Record:
-    """One record.
-
-    **Raises:** `ValueError` where it is not one of this version.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = content.pop("format")
-        if version != FORMAT:
-            raise ValueError(
-                f"the record {path} must be of format {FORMAT}, got {version}, which another "
-                "version of this library wrote. Use that version, or another `--out`."
-            )
-        run = content.pop("run")
-        run |= {"size": Size(**run["size"]), "recipe": Recipe(**run["recipe"])}
-        content |= {
-            "run": Run(**run),
-            "end": Mark(**content["end"]),
-            "marks": tuple(Mark(**mark) for mark in content["marks"]),
-            "curve": tuple(content["curve"]),
-        }
-        return Record(**content)
-    except (KeyError, TypeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"the record {path} is not whole or not of this version ({error!r}). Delete it, and "
-            "the same command makes it anew."
-        ) from error

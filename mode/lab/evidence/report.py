@@ -1,235 +1,159 @@
-"""What a store shows of loss against size: `report.md`, `isoflop.png` and a table."""
+"""Reports on loss against size: `report.md`, `isoflop.png` and a table."""
 
-import statistics
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import rich.box
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from ..arms import Size
-from ..files import read_settings, write_atomically, write_text
+from ..console import say
+from ..files import write_text
+from ..folder import read_settings
+from ..tables import to_console, to_markdown
+from .curves import Curve, Parabola
 from .figure import plot_curves
-from .fit import Curve, curves
-from .records import SEARCH_SEED, Record, Store, size_name
+from .frame import Runs, to_frame
+from .presets import SWEEP_ARMS
+from .records import SEARCH_SEED, RunRecord, Store, SweepSettings
 
-
-_COLUMNS = (
-    "training FLOPs",
-    "arm",
-    "sizes x seeds",
-    "optimum, parameters",
-    "loss there",
-    "over seeds",
-    "misfit",
-    "forward FLOPs / token",
-    "as dense's optimum, at",
-)
 
 _READING = """\
 ## How to read it
 
-- *Loss* is held out and causal, in bits per byte: as a sampler would get it. Top-k looks ahead.
-- A parabola in the logarithm of the parameters goes through the runs of an arm and budget, of the
-  seeds that every size has. Its lowest point counts where it lies between the sizes that were run,
-  and is otherwise *not bracketed*: nothing is extrapolated. *Over seeds* is the standard deviation
-  of the lowest points of a parabola for each seed.
-- *Misfit* is the furthest that the mean over seeds at a size lies from the parabola. Where it is as
-  large as a difference between arms, the parabola cannot resolve that difference. Three sizes have
-  none: a parabola goes through any three points.
-- *As dense's optimum, at* is the smallest share of the forward FLOPs of the dense optimum at which
-  the arm's parabola is as low as that optimum; with "at most" where that is the smallest size run.
-- Steps are the budget over the FLOPs of a step's loss and gradient, counted on the traced program;
-  the learning rate falls over exactly these. It was chosen for each size on the dense arm alone.
-"""
+- *Loss* is held out and causal, in bits per byte: what a sampler would get. Top-k looks ahead.
+- A parabola in the logarithm of the parameters is fitted to the runs of an arm and budget, of the
+  seeds that have every size. Its lowest point is the *optimum* where it lies between the sizes that
+  were run; otherwise there is a dash, and nothing is extrapolated. *Over seeds* is the standard
+  deviation of the loss at the optimum, with a parabola for each seed.
+- *Misfit* is the largest distance of a size's mean over seeds from the parabola. Where it is as
+  large as a difference between arms, the parabola cannot resolve that difference. With three sizes
+  it is not defined: a parabola goes through any three points.
+- *FLOPs to match dense* are the fewest forward FLOPs at which the arm's parabola is as low as the
+  dense optimum, divided by the forward FLOPs of that optimum; "at most" where that is the smallest
+  size run.
+- Steps are the budget divided by the FLOPs of a step's loss and gradient, counted on the traced
+  program; the learning rate falls over exactly these. It was chosen for each size on the dense arm
+  alone."""
+
+_CURVE_COLUMNS = (
+    *("training FLOPs", "arm", "sizes x seeds", "optimum, parameters", "loss there", "over seeds"),
+    *("misfit", "forward FLOPs / token", "FLOPs to match dense"),
+)
+_FORMATS = {
+    "training FLOPs": ".3g",
+    "optimum, parameters": ",.0f",
+    "loss there": ".4f",
+    "over seeds": ".4f",
+    "misfit": ".4f",
+    "forward FLOPs / token": ",.0f",
+    "capacity": "g",
+    "top-k": ".4f",
+    "causal": ".4f",
+    "slots / token, causal": ".3f",
+    "ms / step": ".1f",
+}
 
 
-def report(out: Path, console: Console) -> None:
-    """Write what the store in `out` shows.
+def report_sweep(out: Path, console: Console) -> None:
+    """Writes the report of the records in a folder.
 
-    **Raises:** `ValueError` where there is no store, or one whose records cannot be compared.
+    **Raises:** `ValueError` where the folder holds no sweep, or runs that cannot be compared.
     """
-    settings = read_settings(out)
+    settings = read_settings(out, SweepSettings)
     store = Store(out)
-    records = store.all()
-    check_alike(records, settings, out)
-    reference = Size(**settings["reference"])
-    found = curves(records, reference)
-    if found:
-        write_atomically(out / "isoflop.png", lambda beside: plot_curves(beside, found))
-    table = Table(title="Loss against size", title_justify="left", box=rich.box.SIMPLE)
-    for place, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="left" if place == 1 else "right", overflow="fold")
-    for row in _rows(found):
-        table.add_row(*row)
-    if found:
-        console.print(table)
-    else:
-        console.print("No arm has three sizes at one budget yet: nothing to fit.", highlight=False)
-    write_text(out / "report.md", _markdown(records, found, settings, store.failures()))
-    console.print(f"{len(records)} runs: see {out / 'report.md'}.", highlight=False)
-
-
-def is_sweep(settings: dict[str, Any]) -> bool:
-    """Whether they are those of a folder of `mode-lab isoflop`."""
-    return "reference" in settings
-
-
-def check_alike(records: Sequence[Record], settings: dict[str, Any], out: Path) -> None:
-    """Refuse records of another text, evaluation or recipe than the folder's."""
-    for record in records:
-        run = record.run
-        wrong = [
-            name
-            for name, value in (("corpus", run.corpus), ("held_out", run.held_out))
-            if value != settings[name]
-        ]
-        recipe = {**settings["recipe"], "learning_rate": run.recipe.learning_rate}
-        wrong += [name for name in recipe if recipe[name] != getattr(run.recipe, name)]
-        if wrong:
-            raise ValueError(
-                f"`out` must hold runs of one configuration, got {run.name} in {out}, of another "
-                f"{' and '.join(wrong)}. Move it to a folder of its own."
-            )
-
-
-def _rows(found: Sequence[Curve]) -> list[list[str]]:
-    rows = []
-    for curve in found:
-        dense = next((c for c in found if c.arm == "dense" and c.budget == curve.budget), None)
-        lowest, spread = curve.fit.lowest, curve.spread
-        sizes = len({record.run.size for record in curve.records})
-        rows.append(
-            [
-                f"{curve.budget:.3g}",
-                curve.arm,
-                f"{sizes} x {len({record.run.seed for record in curve.records})}",
-                "not bracketed" if lowest is None else f"{lowest:,.0f}",
-                "-" if curve.lowest is None else f"{curve.lowest:.4f}",
-                "-" if spread is None else f"{spread:.4f}",
-                f"{curve.misfit:.4f}" if sizes > 3 else "-",
-                "-" if lowest is None else f"{curve.forward_flops(lowest):,.0f}",
-                _cheapest(curve, dense),
-            ]
-        )
-    return rows
-
-
-def _cheapest(curve: Curve, dense: Curve | None) -> str:
-    if dense is None or dense.fit.lowest is None or dense.lowest is None or curve is dense:
-        return "-"
-    found = curve.cheapest(dense.lowest)
-    if found is None:
-        return "never"
-    flops, bracketed = found
-    share = flops / dense.forward_flops(dense.fit.lowest)
-    return f"{'' if bracketed else 'at most '}{share:.2f}"
-
-
-def _markdown(
-    records: Sequence[Record],
-    found: Sequence[Curve],
-    settings: dict[str, Any],
-    failures: dict[str, str],
-) -> str:
-    lines = ["# Loss against size at equal training FLOPs", ""]
-    if found:
-        lines += ["![Loss against parameters and forward FLOPs](isoflop.png)", ""]
-        lines += markdown_table(_COLUMNS, _rows(found))
-    else:
-        lines += ["No arm has three sizes at one budget: there is nothing to fit.", ""]
-    lines += [_READING, "## Learning rates", ""]
-    lines += _rates(records, settings)
-    lines += ["## Runs", "", *_runs(records)]
-    if failures:
-        lines += ["## Runs without a result", ""]
-        lines += [f"- {name}: {why}" for name, why in failures.items()] + [""]
-    lines += ["## Made with", "", *made_with(records, settings)]
-    return "\n".join(lines)
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Its lines, and an empty one."""
-    return [
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
-def _rates(records: Sequence[Record], settings: dict[str, Any]) -> list[str]:
-    rates = sorted(settings["rates"])
-    if len(rates) == 1:
-        return [f"{rates[0]:g}, not searched.", ""]
-    rows = []
-    found: dict[str, dict[float, float]] = {}
-    for record in records:
-        if record.run.seed >= SEARCH_SEED:
-            losses = found.setdefault(size_name(record.run.size), {})
-            losses[record.run.recipe.learning_rate] = record.end.bits_causal
-    for name, losses in found.items():
-        best = min(losses, key=lambda rate: losses[rate])
-        cells = [f"{losses[rate]:.4f}" if rate in losses else "-" for rate in rates]
-        edge = " (at the edge of the search)" if best in (rates[0], rates[-1]) else ""
-        rows.append([name, *cells, f"{best:g}{edge}"])
-    heads = ("size", *(f"{rate:g}" for rate in rates), "chosen")
-    budget = f"Loss of the dense arm after {settings['search_budget']:.3g} training FLOPs, one seed"
-    return [f"{budget} apart from those compared.", "", *markdown_table(heads, rows)]
-
-
-def _runs(records: Sequence[Record]) -> list[str]:
-    cells: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        run = record.run
-        if run.seed < SEARCH_SEED:
-            size = run.size
-            place = (run.budget, run.arm, size.dim, size.depth, size.length, size.capacity)
-            cells.setdefault(place, []).append(record)
-    heads = (
-        *("training FLOPs", "arm", "size", "length", "capacity", "seeds", "steps", "top-k"),
-        *("causal", "over seeds", "slots / token, causal", "ms / step"),
-    )
-    rows = []
-    for (budget, arm, dim, depth, length, capacity), cell in sorted(cells.items()):
-        causal = [record.end.bits_causal for record in cell]
-        compute = [r.end.compute for r in cell if r.end.compute is not None]
-        rows.append(
-            [
-                *(f"{budget:.3g}", arm, f"{dim}x{depth}", f"{length}", f"{capacity:g}"),
-                *(f"{len(cell)}", f"{cell[0].steps}"),
-                f"{statistics.mean(record.end.bits_top_k for record in cell):.4f}",
-                f"{statistics.mean(causal):.4f}",
-                f"{statistics.stdev(causal):.4f}" if len(causal) > 1 else "-",
-                f"{statistics.mean(compute):.3f}" if compute else "-",
-                f"{1e3 * statistics.median(record.step_seconds for record in cell):.1f}",
-            ]
-        )
-    return markdown_table(heads, rows)
-
-
-def made_with(records: Sequence[Record], settings: dict[str, Any]) -> list[str]:
-    """Time, machines, versions and text of the records, as lines of a list."""
-    seconds = {
-        name: sum(record.seconds[name] for record in records)
-        for name in ("training", "waiting", "evaluating")
-    }
-    whole = seconds["training"] + seconds["evaluating"]
-    lines = []
+    records = store.all(settings)
+    parts = ["# Loss against size at equal training FLOPs"]
     if records:
-        steps = [record.steps for record in records]
-        lines += [f"- {len(records)} runs of {min(steps):,} to {max(steps):,} steps"]
-    if whole:
-        lines += [
-            f"- {whole / 3600:.2f} hours of runs; {seconds['waiting'] / whole:.1%} of it waiting "
-            f"for data, {seconds['evaluating'] / whole:.1%} evaluating"
-        ]
-    machines = sorted({record.machine for record in records})
-    made = sorted({", ".join(f"{n} {v}" for n, v in r.versions.items()) for r in records})
-    lines += [f"- {machine}" for machine in machines] + [f"- {versions}" for versions in made]
-    if len(made) > 1:
-        lines += ["- **Several versions took part**: differences between them are not told apart."]
-    lines += [f"- text {settings['corpus']}, {settings['held_out']} held-out sequences", ""]
-    return lines
+        frame = to_frame(records)
+        runs = Runs.of(frame, settings.reference)
+        names = set(runs.frame["arm"])
+        arms = [f"- {arm.name}: {arm.description}" for arm in SWEEP_ARMS if arm.name in names]
+        parts += _curve_section(out, runs.curves, console)
+        parts += ["## Learning rates", _rate_section(frame, settings), "## Runs"]
+        parts += [to_markdown(_run_table(runs.frame), _FORMATS), "\n".join(arms)]
+        parts += ["## Made with", _made_with(records, settings)]
+    failures = [f"- {name}: {reason}" for name, reason in store.failures().items()]
+    if failures:
+        parts += ["## Runs without a result", "\n".join(failures)]
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    say(console, f"{len(records)} runs: see {out / 'report.md'}.")
+
+
+def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> list[str]:
+    if not curves:
+        say(console, "No arm has three sizes at one budget yet: nothing to fit.")
+        return ["No arm has three sizes at one budget yet: there is nothing to fit."]
+    plot_curves(out / "isoflop.png", curves)
+    dense = {curve.budget: curve.fit for curve in curves if curve.arm == "dense"}
+    rows = []
+    for curve in curves:
+        fit, sizes, seeds = curve.fit, curve.runs["size"].nunique(), curve.runs["seed"].nunique()
+        row = (curve.budget, curve.arm, f"{sizes} x {seeds}", fit.optimum, fit.lowest)
+        deviation = pd.Series([one.lowest for one in curve.seeds.values()], dtype=float).std()
+        misfit = curve.misfit if sizes > 3 else math.nan
+        costs = (fit.forward_flops(fit.optimum), _cost(fit, dense.get(curve.budget)))
+        rows.append((*row, deviation, misfit, *costs))
+    table = pd.DataFrame(rows, columns=pd.Index(_CURVE_COLUMNS))
+    console.print(to_console(table, _FORMATS, title="Loss against size"))
+    image = "![Loss against parameters and forward FLOPs](isoflop.png)"
+    return [image, to_markdown(table, _FORMATS), _READING]
+
+
+def _cost(fit: Parabola, dense: Parabola | None) -> str | None:
+    if dense is None or dense is fit or math.isnan(dense.optimum):
+        return None
+    ratio, flops = fit.cost_of(dense), dense.forward_flops(dense.optimum)
+    bound = "at most " if ratio == fit.forward_flops(fit.sizes(2)[0]) / flops else ""
+    return "never" if math.isinf(ratio) else f"{bound}{ratio:.2f}"
+
+
+def _rate_section(frame: pd.DataFrame, settings: SweepSettings) -> str:
+    rates = sorted(settings.rates)
+    if len(rates) == 1:
+        return f"{rates[0]:g}, not searched."
+    search = frame[frame["seed"] >= SEARCH_SEED]
+    losses = search.pivot(index="shape", columns="recipe.learning_rate", values="causal")
+    best = losses.idxmin(axis="columns")
+    edge = best.isin([rates[0], rates[-1]]).map({True: " (at the edge of the search)", False: ""})
+    table = losses.rename(columns="{:g}".format).assign(chosen=best.map("{:g}".format) + edge)
+    table = table.rename_axis(index="size", columns=None).reset_index()
+    return (
+        f"Loss of the dense arm after {settings.search_budget:.3g} training FLOPs, with a seed "
+        f"that no comparison uses.\n\n{to_markdown(table, {f'{rate:g}': '.4f' for rate in rates})}"
+    )
+
+
+def _run_table(frame: pd.DataFrame) -> pd.DataFrame:
+    keys = ["budget", "arm", "size.dim", "size.depth", "size.length", "size.capacity"]
+    columns = {
+        "size": ("shape", "first"),
+        "length": ("size.length", "first"),
+        "capacity": ("size.capacity", "first"),
+        "seeds": ("seed", "size"),
+        "steps": ("steps", "first"),
+        "top-k": ("top_k", "mean"),
+        "causal": ("causal", "mean"),
+        "over seeds": ("causal", "std"),
+        "slots / token, causal": ("slots", "mean"),
+        "ms / step": ("step_seconds", "median"),
+    }
+    table = frame.groupby(keys).agg(**columns).reset_index()
+    table["ms / step"] *= 1e3
+    return table.rename(columns={"budget": "training FLOPs"})[["training FLOPs", "arm", *columns]]
+
+
+def _made_with(records: Sequence[RunRecord], settings: SweepSettings) -> str:
+    steps = [record.steps for record in records]
+    seconds = pd.DataFrame([record.seconds for record in records]).sum()
+    whole = seconds["training"] + seconds["evaluating"]
+    lines = [
+        f"{len(records)} runs of {min(steps):,} to {max(steps):,} steps, {whole / 3600:.2f} hours: "
+        f"{seconds['waiting'] / whole:.1%} waiting for data, {seconds['evaluating'] / whole:.1%} "
+        "evaluating",
+        f"text {settings.corpus}, {settings.held_out} held-out sequences",
+        *sorted({record.machine for record in records}),
+        # Of several versions, each is named: differences may be due to them.
+        *sorted({", ".join(f"{n} {v}" for n, v in one.versions.items()) for one in records}),
+    ]
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,189 +1,176 @@
-"""The command `mode-lab isoflop`: runs what a store does not hold yet, and reports on all it holds.
+"""Trains the runs that a folder does not hold yet, and reports on all that it holds.
 
-Several of these commands may work on one folder at once: each takes groups of runs that share their
-programs, and no other takes a group while it is held. A command that dies lets go of its group.
+Several processes may work on one folder: each locks a group of runs that share their programs.
 """
 
-import contextlib
 import dataclasses
-import fcntl
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import jax
-import tyro
 from rich.console import Console
 
-from ..arms import Size
+from .. import interrupts
+from ..arms import Arm
+from ..budget import flops_per_step, steps_for
+from ..console import say
 from ..data import Corpus, read_corpus
-from ..files import claim
+from ..files import lock
+from ..folder import claim
+from ..options import Recipe
 from ..progress import Bars, progress
-from ..step import Recipe
-from .grids import PRESETS, Preset, custom
-from .perform import check_budget, perform
-from .records import Run, Store, size_name
-from .report import report
-from .runs import Runs
-from .variants import variants_named
+from .perform import perform
+from .presets import Grid, Preset
+from .records import SEARCH_SEED, Run, Store, SweepSettings, shape_name
+from .report import report_sweep
 
 
-_PRESETS_HELP = "Which runs. " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
+def list_runs(grids: Sequence[Grid], settings: SweepSettings) -> list[Run]:
+    """Lists all runs of the grids, each once, at the learning rate of the recipe."""
+    common = {"recipe": settings.recipe, "held_out": settings.held_out, "corpus": settings.corpus}
+    runs = {
+        Run(arm=arm.name, size=size, budget=budget, seed=seed, **common): None
+        for grid in grids
+        for arm, size in itertools.product(grid.arms, grid.sizes)
+        for budget, seed in itertools.product(grid.budgets, range(grid.seeds))
+    }
+    return list(runs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Isoflop:
-    """Train arms at several sizes and seeds for equal training FLOPs, and fit loss against size.
+def list_search(runs: Sequence[Run], settings: SweepSettings) -> list[Run]:
+    """Lists the runs that find a learning rate for each size: the dense arm, at every rate."""
+    search = []
+    for size in {shape_name(run.size): run.size for run in runs}.values():
+        shape = {"dim": size.dim, "depth": size.depth, "heads": size.heads}
+        size = dataclasses.replace(settings.reference, **shape)
+        update = {"arm": "dense", "size": size, "seed": SEARCH_SEED}
+        run = runs[0].model_copy(update=update | {"budget": settings.search_budget})
+        search += [run.at_rate(rate) for rate in settings.rates]
+    return search if len(settings.rates) > 1 else []
 
-    A sweep that was interrupted at any moment goes on where it stood: the same command skips what
-    is finished. Started twice or more, it shares the work.
+
+def with_rates(
+    runs: Iterable[Run], search: Sequence[Run], settings: SweepSettings, store: Store
+) -> list[Run]:
+    """Returns the runs at the best rate of their size; none before the search is over.
+
+    Every arm of a size is trained at the rate that is best for the dense arm: no arm but the
+    baseline is tuned.
+
+    **Raises:** `ValueError` where no rate gave a result at some size.
     """
-
-    out: Path = Path("runs/isoflop")
-    """Folder of the records. One of another text, recipe or reference is refused."""
-    preset: Annotated[str, tyro.conf.arg(help=_PRESETS_HELP + ".")] = "cpu-hour"
-    arms: tuple[str, ...] = ()
-    """Arms of a sweep of your own, instead of a preset; with `--sizes` and `--budgets`."""
-    sizes: tuple[str, ...] = ()
-    """Its sizes, features and layers, such as 32x4 48x6 64x6."""
-    budgets: tuple[float, ...] = ()
-    """Its training FLOPs."""
-    seeds: int = 3
-    """Its seeds, from 0."""
-    rates: tuple[float, ...] = (1e-2, 2e-2, 4e-2)
-    """Learning rates of which it chooses, for each size, the best of the dense arm."""
-    held_out: int = 512
-    """Sequences it is evaluated on, at most."""
-    base: Size = dataclasses.field(default_factory=Size)
-    """All of its sizes but for features, layers and heads."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
-    minutes: float | None = None
-    """After so many, no further run is begun: the same command goes on later."""
-    recipe: Recipe = dataclasses.field(default_factory=Recipe)
-    """But for the learning rate, which is searched."""
-
-    def asked(self) -> Preset:
-        """What to run.
-
-        **Raises:** `ValueError` for an unknown preset, or a sweep that cannot be.
-        """
-        own = (self.arms, self.sizes, self.budgets)
-        if any(own):
-            if not all(own):
-                raise ValueError(
-                    "`arms`, `sizes` and `budgets` must be given together for a sweep of your own, "
-                    f"got {self.arms}, {self.sizes} and {self.budgets}."
-                )
-            return custom(*own, self.seeds, self.rates, self.held_out, self.base)
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
-        return PRESETS[self.preset]
+    if not all(map(store.is_finished, search)):
+        return []
+    rates = {}
+    for shape, candidates in itertools.groupby(search, lambda run: shape_name(run.size)):
+        records = [record for run in candidates if (record := store.get(run))]
+        if not records:
+            raise ValueError(
+                f"`rates` must hold one at which the dense arm of {shape} trains, but none gave a "
+                "finite loss. Give lower ones."
+            )
+        best = min(records, key=lambda record: record.end.causal)
+        rates[shape] = best.run.recipe.learning_rate
+    return [run.at_rate(rates.get(shape_name(run.size), settings.rates[0])) for run in runs]
 
 
-def run_isoflop(isoflop: Isoflop, console: Console) -> None:
-    """Run what is missing, and report.
+def step_count(arm: Arm, run: Run) -> int:
+    """Returns how many optimizer steps the budget of a run pays for.
 
-    **Raises:** `ValueError` for bad settings, and where no learning rate of a size gave a result.
+    **Raises:** `ValueError` for fewer than two, and for a model that cannot be built.
     """
-    preset = isoflop.asked()
-    if isoflop.minutes is not None and isoflop.minutes <= 0:
-        raise ValueError(f"`minutes` must be above 0, got {isoflop.minutes}.")
-    corpus = read_corpus(isoflop.data, length=preset.longest)
-    runs = Runs(preset, isoflop.recipe, corpus.fingerprint, Store(isoflop.out))
-    for group in (*runs.searches, *runs.groups):  # before anything is written
-        for run in group:
-            check_budget(run)
-    claim(isoflop.out, {**preset.settings(), **runs.settings()})
-    until = None if isoflop.minutes is None else time.monotonic() + 60 * isoflop.minutes
-    sweep = Sweep(runs, corpus, until)
-    done = sum(runs.store.has(run) for group in runs.rated() or () for run in group)
-    console.print(
-        f"{runs.count} runs, {done} of them finished before, and {len(runs.searches)} sizes whose "
-        "learning rate is searched.",
-        highlight=False,
-    )
-    sweep.all_of(runs.searches, console)
-    rated = runs.rated()
-    if rated is not None:
-        sweep.all_of(rated, console)
-    report(isoflop.out, console)
+    return steps_for(arm, run.budget, flops_per_step(arm, run.size))
 
 
-class Sweep:
-    """One of the commands that work on a store.
+def run_sweep(
+    preset: Preset,
+    recipe: Recipe,
+    out: Path,
+    data: str | None,
+    minutes: float | None,
+    console: Console,
+) -> None:
+    """Trains what is missing of a preset, and reports.
 
     **Arguments:**
 
-    - `runs`: what is to be in the store.
-    - `corpus`: the text.
-    - `until`: when to begin no further run, by `time.monotonic`; `None` for never.
+    - `recipe`: of all runs, except for the learning rate.
+    - `out`: the folder of the records.
+    - `data`: files to train on; `None` for the source of the Python standard library.
+    - `minutes`: no run starts later; `None` for no end.
+
+    **Raises:** `ValueError` for a preset that cannot be run, and where no learning rate of a size
+    gave a result.
     """
-
-    def __init__(self, runs: Runs, corpus: Corpus, until: float | None):
-        self.runs = runs
-        self.store = runs.store
-        self.corpus = corpus
-        self.until = until
-
-    def all_of(self, groups: Sequence[Sequence[Run]], console: Console) -> None:
-        """Every run that nobody has done, of groups that nobody holds; returns when all is over."""
-        open_groups = [group for group in groups if not self._over(group)]
-        with progress(console, len(open_groups)) as bars:
-            while open_groups and not self._late():
-                before = len(open_groups)
-                for group in open_groups:
-                    with _held(self.store.folder, group[0]) as mine:
-                        if mine:
-                            self._perform(group, bars, console)
-                            # The programs of this size and arm are of no use any more.
-                            jax.clear_caches()
-                    if self._late():
-                        return
-                open_groups = [group for group in open_groups if not self._over(group)]
-                if len(open_groups) == before:
-                    time.sleep(1)  # others hold them
-
-    def _over(self, group: Sequence[Run]) -> bool:
-        return all(self.store.has(run) for run in group)
-
-    def _late(self) -> bool:
-        return self.until is not None and time.monotonic() > self.until
-
-    def _perform(self, group: Sequence[Run], bars: Bars, console: Console) -> None:
-        (arm,) = variants_named([group[0].arm])
-        for run in group:
-            if self.store.has(run) or self._late():
-                continue
-            began = time.perf_counter()
-            title = f"{run.arm} {size_name(run.size)}"
-            with bars.arm(title, check_budget(run)) as watch:
-                try:
-                    record = perform(run, arm, self.corpus, watch)
-                except FloatingPointError as error:
-                    self.store.fail(run, str(error))
-                    console.print(f"{run.name}: {error}", style="red", highlight=False)
-                    continue
-            self.store.add(record)
-            console.print(
-                f"{title}, {run.budget:.3g} FLOPs, seed {run.seed}, rate "
-                f"{run.recipe.learning_rate:g}: {record.end.bits_top_k:.4f} bits per byte, causal "
-                f"{record.end.bits_causal:.4f}, {time.perf_counter() - began:.0f} s.",
-                highlight=False,
-            )
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    corpus = read_corpus(data, length=max(s.length for grid in preset.grids for s in grid.sizes))
+    settings = preset.settings(recipe, corpus.fingerprint)
+    runs = list_runs(preset.grids, settings)
+    search = list_search(runs, settings)
+    for run in (*search, *runs):  # before anything is written
+        step_count(preset.arms[run.arm], run)
+    store = Store(out)
+    claim(out, settings)
+    finished = sum(map(store.is_finished, with_rates(runs, search, settings, store)))
+    say(
+        console,
+        f"{len(runs)} runs, {finished} of them finished before, and {len(search)} that search "
+        "learning rates.",
+    )
+    worker = _Worker(preset.arms, store, corpus, end, console)
+    worker.train_all(search)
+    worker.train_all(with_rates(runs, search, settings, store))
+    report_sweep(out, console)
 
 
-@contextlib.contextmanager
-def _held(folder: Path, first: Run) -> Iterator[bool]:
-    """Whether this process alone has the group that begins with a run, while the context lasts."""
-    locks = folder / "locks"
-    locks.mkdir(exist_ok=True)
-    with open(locks / f"{first.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True  # the lock goes with the file, and with the process
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """One of the processes that work on a folder. No run starts after `end`."""
+
+    arms: dict[str, Arm]
+    store: Store
+    corpus: Corpus
+    end: float | None
+    console: Console
+
+    def train_all(self, runs: Sequence[Run]) -> None:
+        """Trains every run that is missing, and waits for those that other processes train."""
+        locks = self.store.folder / "locks"
+        locks.mkdir(exist_ok=True)
+        missing = [run for run in runs if not self.store.is_finished(run)]
+        with progress(self.console, len(missing)) as bars:
+            while missing:
+                for name, group in itertools.groupby(missing, lambda run: run.group):
+                    with lock(locks / f"{name}.lock") as is_mine:
+                        for run in group if is_mine else ():
+                            interrupts.check()
+                            if self.end is not None and time.monotonic() > self.end:
+                                return
+                            if not self.store.is_finished(run):
+                                self._train(run, bars)
+                        if is_mine:
+                            jax.clear_caches()  # the programs of this group are not used again
+                count = len(missing)
+                missing = [run for run in missing if not self.store.is_finished(run)]
+                if len(missing) == count:
+                    time.sleep(1)
+
+    def _train(self, run: Run, bars: Bars) -> None:
+        arm, start = self.arms[run.arm], time.perf_counter()
+        title, steps = f"{run.arm} {shape_name(run.size)}", step_count(arm, run)
+        with bars.arm(title, steps) as watch:
+            try:
+                record = perform(run, arm, steps, self.corpus, watch)
+            except FloatingPointError as error:
+                self.store.fail(run, str(error))
+                say(self.console, f"{run.name}: {error}", "red")
+                return
+        self.store.add(record)
+        say(
+            self.console,
+            f"{title}, {run.budget:.3g} FLOPs, seed {run.seed}, rate {run.recipe.learning_rate:g}: "
+            f"{record.end.top_k:.4f} bits per byte, causal {record.end.causal:.4f}, "
+            f"{time.perf_counter() - start:.0f} s.",
+        )

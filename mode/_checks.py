@@ -1,0 +1,95 @@
+"""Argument checks that several packages share.
+
+Each raises a `ValueError` that names the argument, the rule, the value and the fix.
+"""
+
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from ._types import Hidden
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a finite real number: not a string, not an array, not NaN."""
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """Returns `value` as a Python integer of at least `least`."""
+    try:
+        count = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}, got {value!r}."
+        ) from None
+    if count < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    return count
+
+
+def check_instance(name: str, value: object, kind: type, example: str) -> None:
+    """Checks that `value` is an instance of the strategy `kind`: no class, string or function."""
+    if not isinstance(value, kind):
+        got = type_name(value) if isinstance(value, type) else repr(value)
+        raise ValueError(
+            f"`{name}` must be an instance of `{kind.__name__}`, such as `{example}`, got {got}."
+        )
+
+
+def can_be_called(function: Any, *args: object, **kwargs: object) -> bool:
+    """Whether a call with these arguments fits the signature of `function`."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # compiled functions may have no signature
+        pass
+    return True
+
+
+def takes_key(function: Callable[..., object]) -> bool:
+    """Whether `function` has a parameter `key`, as Equinox's modules have."""
+    try:
+        return "key" in inspect.signature(function).parameters
+    except ValueError:  # compiled functions may have no signature
+        return False
+
+
+def type_name(value: object) -> str:
+    """Returns the name of a value's type, for errors where its repr would be too long."""
+    return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
+
+
+def check_kept_shape(name: str, got: tuple[int, ...], given: tuple[int, ...]) -> None:
+    """Checks that the module `name` returned the shape that it was given."""
+    if got != given:
+        raise ValueError(
+            f"`{name}` must keep the shape of its input, {given}, got {got}: its result is added "
+            "to the residual stream."
+        )
+
+
+def check_hidden(x: Hidden, dim: int | None = None) -> None:
+    """Checks that `x` holds the hidden states of at least one token, with `dim` features."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"`x` must have the axes [*groups, tokens, dim], got shape {x.shape}. "
+            "One sequence is [tokens, dim]; a batch of them is [batch, tokens, dim]."
+        )
+    if 0 in x.shape[:-1]:
+        raise ValueError(f"`x` must hold at least one token, got shape {x.shape}.")
+    if dim is not None and x.shape[-1] != dim:
+        raise ValueError(
+            f"`x` must have {dim} features on its last axis, as this layer was built with "
+            f"`dim={dim}`, got shape {x.shape}."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"`x` must be of a floating dtype, got {x.dtype}. Token ids are embedded first."
+        )

@@ -1,0 +1,29 @@
+"""The dtype to compute in, the cast of parameters to it, and the test for array leaves."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+Module = TypeVar("Module")
+
+
+def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
+    """Returns `dtype`, or float32 if it is narrower: the dtype of routers, softmaxes and losses.
+
+    `jnp.promote_types` would not do: it raises under strict promotion.
+    """
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+
+
+def is_shaped(leaf: Any) -> bool:
+    """Whether a leaf is an array or a `jax.ShapeDtypeStruct`, which stands for one in a trace."""
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def cast_parameters(module: Module, dtype: DTypeLike) -> Module:
+    """Copies `module` with floating parameters in `dtype`, for code that does not cast."""
+    return jax.tree.map(lambda p: p.astype(dtype) if eqx.is_inexact_array(p) else p, module)

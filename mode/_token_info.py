@@ -1,0 +1,84 @@
+"""The record that travels with the tokens: their positions and their documents."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from ._types import Ids, TokenMask
+
+
+class TokenInfo(eqx.Module):
+    """The original position and the document of every token.
+
+    It is gathered together with the tokens. So a block that sees only a few tokens still rotates by
+    their true distances and attends inside one document only. Tokens stay in time order along their
+    axis. Positions may restart in each document of a packed sequence.
+
+    **Arguments:**
+
+    - `positions`: `[*groups, tokens]`, original positions in tokens, for rotary embeddings.
+    - `segment_ids`: `[*groups, tokens]`, the number of the document inside the sequence, from 1.
+        Segment 0 is padding: never selected, never a key, counted in no loss or metric.
+
+    **Raises:** `ValueError` if the two shapes differ or a dtype is not an integer dtype.
+
+    >>> info = TokenInfo.packed(jnp.array([1, 1, 1, 2, 2, 0]))
+    >>> info.positions.tolist(), info.valid.tolist()
+    ([0, 1, 2, 0, 1, 0], [True, True, True, True, True, False])
+    """
+
+    positions: Ids
+    segment_ids: Ids
+
+    def __check_init__(self) -> None:
+        if self.positions.shape != self.segment_ids.shape:
+            raise ValueError(
+                "`positions` and `segment_ids` must have the same shape, got "
+                f"{self.positions.shape} and {self.segment_ids.shape}."
+            )
+        for name in ("positions", "segment_ids"):
+            dtype = getattr(self, name).dtype
+            if not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(f"`{name}` must be of an integer dtype, got {dtype}.")
+
+    @property
+    def valid(self) -> TokenMask:
+        """`[*groups, tokens]`: true for every token that is not padding."""
+        return self.segment_ids != 0
+
+    @staticmethod
+    def plain(shape: tuple[int, ...]) -> "TokenInfo":
+        """Describes whole sequences without padding: `shape` is `(*groups, tokens)`.
+
+        >>> TokenInfo.plain((2, 3)).positions.tolist()
+        [[0, 1, 2], [0, 1, 2]]
+        """
+        positions = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+        return TokenInfo(positions, jnp.ones(shape, jnp.int32))
+
+    @staticmethod
+    def packed(segment_ids: Ids) -> "TokenInfo":
+        """Describes packed documents: positions count from the start of each segment."""
+        segment_ids = jnp.asarray(segment_ids)
+        index = TokenInfo.plain(segment_ids.shape).positions
+        starts = (segment_ids != jnp.roll(segment_ids, 1, axis=-1)) | (index == 0)
+        start = jax.lax.cummax(jnp.where(starts, index, 0), axis=segment_ids.ndim - 1)
+        return TokenInfo(jnp.where(segment_ids != 0, index - start, 0), segment_ids)
+
+
+def resolve_info(x: Shaped[Array, "*groups tokens features"], info: TokenInfo | None) -> TokenInfo:
+    """Returns `info`, checked against `x`, or `TokenInfo.plain` if `info` is `None`."""
+    if info is None:
+        return TokenInfo.plain(x.shape[:-1])
+    if not isinstance(info, TokenInfo):
+        raise ValueError(
+            f"`info` must be a `TokenInfo`, got {type(info).__name__}. `TokenInfo.packed` makes "
+            "one from the segment ids of packed documents."
+        )
+    if info.positions.shape != x.shape[:-1]:
+        raise ValueError(
+            f"`info` must have the shape of `x` without its last axis, {x.shape[:-1]}, got "
+            f"{info.positions.shape}. `TokenInfo.plain(x.shape[:-1])` makes one that fits."
+        )
+    return info

@@ -1,0 +1,27 @@
+"""The array types that most signatures share, and their axes.
+
+One alphabet everywhere: `groups` (leading axes; tokens compete for slots inside their group),
+`tokens`, `dim`, `experts`, `choices` (experts, then no-op experts), `slots`, `heads`, `kv_heads`,
+`head_dim`, `vocab`, `batch`, `layers`.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+Hidden = Float[Array, "*groups tokens dim"]
+Logits = Float[Array, "*groups tokens choices"]  # of the router
+ExpertLogits = Float[Array, "*groups tokens experts"]  # and weights: the same without no-ops
+ExpertMask = Bool[Array, "*groups tokens experts"]
+TokenMask = Bool[Array, "*groups tokens"]
+SlotIndex = Int[Array, "*groups experts slots"]
+Slots = Float[Array, "experts *groups slots dim"]  # tokens in their slots, experts first
+Ids = Int[Array, "*groups tokens"]
+Load = Int[Array, "*groups choices"]
+Count = Int[Array, "*groups"]
+Scalar = Float[Array, ""]
+Sequences = Int[Array, " batch"]  # one number per sequence
+Key = PRNGKeyArray | None
+Vector = Float[Array, " dim"]
+VectorMap = Callable[[Vector], Vector]

@@ -1,0 +1,11 @@
+"""Decoding: prefill, decode steps, generation and sampling."""
+
+from ._generate import (
+    Generation as Generation,
+    continue_generation as continue_generation,
+    generate as generate,
+)
+from ._sampler import Sampler as Sampler
+from ._speculation import decode_tokens as decode_tokens, rewind as rewind
+from ._state import DecodeState as DecodeState
+from ._steps import decode_step as decode_step, prefill as prefill

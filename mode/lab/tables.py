@@ -1,0 +1,110 @@
+"""Tables of reports: one data frame, printed as Markdown or in a console."""
+
+import re
+import textwrap
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+from rich.table import Table
+from rich.text import Text
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# A format specification such as ".3f", or a function of one value; for columns by name.
+Format = str | Callable[[Any], str]
+Formats = Mapping[str, Format]
+# In place of a value that is missing or undefined.
+DASH = "-"
+
+
+def escape(text: str) -> str:
+    r"""Makes text stand for itself in Markdown, on one line.
+
+    >>> escape("a|b [x](y) *z*")
+    'a\\|b \\[x\\](y) \\*z\\*'
+    """
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(text.split()))
+
+
+def format_cells(frame: "pd.DataFrame", formats: Formats | None = None) -> "pd.DataFrame":
+    """Formats every cell of a frame as plain text, by default by `str`; `None` and NaN become a
+    dash."""
+    columns = {}
+    for name in frame.columns:
+        show = (formats or {}).get(name, str)
+        show = show if callable(show) else ("{:" + show + "}").format
+        columns[name] = [DASH if _is_missing(value) else show(value) for value in frame[name]]
+    # Of objects: a column of strings alone would be of another dtype in newer versions of pandas.
+    return type(frame)(columns, columns=frame.columns, dtype=object)
+
+
+def to_markdown(
+    frame: "pd.DataFrame",
+    formats: Formats | None = None,
+    *,
+    bold: Collection[int] = (),
+    right: Collection[str] = (),
+) -> str:
+    """Writes a frame as a table in Markdown, its text escaped, without its index.
+
+    Rows `bold`, by position, are bold. Columns of text are aligned to the left, but for those in
+    `right`; others are aligned to the right.
+    """
+    cells = format_cells(frame, formats)
+    for name in cells.columns:
+        cells[name] = [
+            f"**{escape(cell)}**" if row in bold else escape(cell)
+            for row, cell in enumerate(cells[name])
+        ]
+    cells.columns = [escape(str(name)) for name in frame.columns]
+    sides = [_side(frame, name, right) for name in frame.columns]
+    return cells.to_markdown(index=False, colalign=sides, disable_numparse=True)
+
+
+def to_console(
+    frame: "pd.DataFrame",
+    formats: Formats | None = None,
+    *,
+    title: str | None = None,
+    bold: Collection[int] = (),
+    right: Collection[str] = (),
+) -> Table:
+    """Makes a table for a console, by the arguments of `to_markdown`. Text is never markup."""
+    heading = None if title is None else Text(title)
+    table = Table(title=heading, title_justify="left", box=rich.box.SIMPLE)
+    shown = format_cells(frame, formats)
+    for place, name in enumerate(frame.columns):
+        # Headings break between words, as narrow as the cells: a wide table is not cut off.
+        words = str(name).split()
+        longest = max(map(len, (*words, *shown[name], " " * 8)))
+        table.add_column(
+            Text(textwrap.fill(str(name), longest, break_long_words=False)),
+            justify="left" if _side(frame, name, right) == "left" else "right",
+            vertical="bottom",
+            no_wrap=not place,
+            overflow="fold",
+            min_width=max(map(len, words), default=0),
+        )
+    for row, cells in enumerate(shown.itertuples(index=False)):
+        table.add_row(*map(Text, cells), style="bold" if row in bold else None)
+    return table
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _side(frame: "pd.DataFrame", name: str, right: Collection[str]) -> str:
+    is_text = any(isinstance(value, str) for value in frame[name])
+    return "left" if is_text and name not in right else "right"
+
+
+def prose(name: str, **values: object) -> str:
+    """The text of `texts/NAME.md`, with the values in place of the names in braces."""
+    path = Path(__file__).parent / "texts" / f"{name}.md"
+    return path.read_text(encoding="utf-8").format(**values)

@@ -1,0 +1,183 @@
+"""The transformer: token ids in, logits out, any pattern of layers in between."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._checks import check_count
+from .._dtypes import float32_or_wider
+from .._linear import Linear, RMSNorm, project
+from .._token_info import TokenInfo, resolve_info
+from .._types import Hidden, Ids, Key
+from ..nn import Cache, Caches, Routings
+from ..parallel import all_gather_parameters, role_field, shard_batch
+from ._stack import LayerStack, MakeLayer, stack_layers
+
+
+class Transformer(eqx.Module):
+    """A decoder-only language model with any pattern of layers.
+
+    Layers that repeat are scanned over; so the routings come one per router *of the period*, with a
+    leading axis of repeats. Parameters are float32; activations have `dtype`; routers and logits
+    are float32.
+
+    **Arguments:**
+
+    - `vocab`: number of token ids.
+    - `dim`: features of the hidden states.
+    - `period`: functions, each of which builds a layer from a key, from bottom to top.
+    - `repeats`: how often the period is repeated.
+    - `stacks`: instead of both, a list of `(period, repeats)` from bottom to top: a schedule, such
+        as the one that `interleave` returns.
+    - `tied`: whether the embedding is the output projection too.
+    - `dtype`: of the activations, such as `jnp.bfloat16`.
+    - `remat`: recompute activations in the backward pass, one period of layers at a time.
+
+    **Raises:** `ValueError` for no layers, sizes below 1, or what builds no layer.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> dense = lambda key: mode.Residual(mode.TransformerBlock(32, 4, key=key))
+    >>> model = mode.Transformer(256, 32, [dense], repeats=6, key=jax.random.key(0))
+    >>> logits, routings = model(jnp.zeros((2, 16), int))
+    >>> logits.shape, routings
+    ((2, 16, 256), ())
+    """
+
+    stacks: tuple[LayerStack, ...]
+    norm: RMSNorm
+    dtype: jnp.dtype = eqx.field(static=True)
+    embedding: Float[Array, "vocab dim"] = role_field("embedding")
+    head: Linear | None = role_field("head")
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        period: Sequence[MakeLayer] | None = None,
+        repeats: int = 1,
+        *,
+        stacks: Sequence[tuple[Sequence[MakeLayer], int]] | None = None,
+        tied: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        key: PRNGKeyArray,
+    ):
+        check_count("vocab", vocab, 1)
+        check_count("dim", dim, 1)
+        schedule = _schedule(period, repeats, stacks)
+        embedding_key, head_key, *stack_keys = jax.random.split(key, 2 + len(schedule))
+        # Scaled up by sqrt(dim) on the way in, so that tied logits start with unit variance.
+        self.embedding = dim**-0.5 * jax.random.normal(embedding_key, (vocab, dim), jnp.float32)
+        self.stacks = tuple(
+            stack_layers(layers, times, remat=remat, key=stack_key)
+            for (layers, times), stack_key in zip(schedule, stack_keys, strict=True)
+        )
+        self.norm = RMSNorm(dim)
+        self.head = None if tied else Linear(dim, vocab, key=head_key)
+        self.dtype = jnp.dtype(dtype)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return sum(stack.depth for stack in self.stacks)
+
+    def __call__(
+        self, tokens: Ids, info: TokenInfo | None = None, *, key: Key = None
+    ) -> tuple[Float[Array, "*groups tokens vocab"], Routings]:
+        """Maps token ids to next-token logits in float32 or wider, and the routings.
+
+        **Arguments:**
+
+        - `tokens`: `[*groups, tokens]`, ids below `vocab`. Any other id, but in the padding, gives
+            NaN.
+        - `info`: positions and segments; plain sequences where it is left out.
+        - `key`: for selectors and blocks that draw random numbers.
+        """
+        if tokens.ndim < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "`tokens` must be integers with the axes [*groups, tokens], got shape "
+                f"{tokens.shape} and dtype {tokens.dtype}."
+            )
+        info = resolve_info(tokens[..., None], info)
+        caches = (Cache.empty(),) * len(self.stacks)
+        hidden, routings, _ = self.extend(tokens, info, caches, key=key)
+        return self.unembed(hidden), routings
+
+    def extend(
+        self, tokens: Ids, info: TokenInfo, caches: tuple[Caches, ...], *, key: Key = None
+    ) -> tuple[Hidden, Routings, tuple[Caches, ...]]:
+        """Runs new tokens after those in the caches, one per stack, as layers do.
+
+        **Returns:** the hidden states of the last layer, the routings, and the caches of the new
+        tokens alone.
+        """
+        # Any id may stand in the padding.
+        x = self.embed(jnp.where(info.valid, tokens, 0))
+        keys = [None] * len(self.stacks) if key is None else jax.random.split(key, len(self.stacks))
+        routings: Routings = ()
+        news: tuple[Caches, ...] = ()
+        for stack, cache, stack_key in zip(self.stacks, caches, keys, strict=True):
+            x, routed, new = stack.extend(x, info, cache, key=stack_key)
+            routings += routed
+            news += (new,)
+        return x, routings, news
+
+    def embed(self, tokens: Ids) -> Hidden:
+        """Maps token ids to hidden states, as the first layer takes them."""
+        # NaN for an id that does not exist: clamping it, as indexing does, would go unnoticed.
+        rows = (
+            all_gather_parameters(self.embedding)
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
+        return shard_batch(rows.astype(self.dtype) * self.embedding.shape[-1] ** 0.5)
+
+    def unembed(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes vocab"]:
+        """Maps hidden states, as the last layer returns them, to logits in float32 or wider."""
+        with jax.named_scope("mode.logits"):
+            x = self.norm(x)
+            embedding, head = all_gather_parameters((self.embedding, self.head))
+            logits = project(x, embedding.T) if head is None else head(x)
+            return shard_batch(logits.astype(float32_or_wider(x.dtype)))
+
+
+def unstack_layers(model: Transformer) -> Transformer:
+    """Returns the same model with every repeat in a stack of its own: the form that decodes fast.
+
+    A scan slices each layer's parameters and caches out of the stacked ones, which at one token per
+    step costs more than the layer. Compiling takes longer in proportion to the depth.
+    """
+
+    def split(stack: LayerStack) -> list[LayerStack]:
+        arrays, rest = eqx.partition(stack.layers, eqx.is_array)
+        parts = [jax.tree.map(lambda a, r=r: a[r : r + 1], arrays) for r in range(stack.repeats)]
+        return [LayerStack(1, eqx.combine(part, rest), stack.remat) for part in parts]
+
+    stacks = tuple(part for stack in model.stacks for part in split(stack))
+    return eqx.tree_at(lambda m: m.stacks, model, stacks)
+
+
+def _schedule(
+    period: Sequence[MakeLayer] | None,
+    repeats: int,
+    stacks: Sequence[tuple[Sequence[MakeLayer], int]] | None,
+) -> list[tuple[Sequence[MakeLayer], int]]:
+    if (period is None) == (stacks is None):
+        raise ValueError(
+            "give exactly one of `period` (with `repeats`) and `stacks`, got "
+            f"{'neither' if period is None else 'both'}."
+        )
+    if stacks is None:
+        assert period is not None
+        return [(period, repeats)]
+    if repeats != 1:
+        raise ValueError(
+            f"`repeats` goes with `period`, got repeats={repeats} beside `stacks`. Each stack is a "
+            "pair (period, repeats)."
+        )
+    check_count("stacks", len(stacks), 1)
+    return list(stacks)

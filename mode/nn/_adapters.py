@@ -1,0 +1,113 @@
+"""Adapters: blocks made of modules that were written without this library in mind."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float
+
+from .._checks import can_be_called, check_kept_shape, takes_key, type_name
+from .._dtypes import cast_parameters
+from .._token_info import TokenInfo
+from .._types import Hidden, Key, Vector
+from ._cache import Cache
+from ._contracts import AbstractBlock, AbstractLayer, Routings
+
+
+def map_rows(
+    function: Callable[..., Float[Array, "..."]], rows: Float[Array, "rows ..."], key: Key
+) -> Float[Array, "rows ..."]:
+    """Maps `function` over rows, with a key of its own for each where it takes one."""
+    if key is None or not takes_key(function):
+        return jax.vmap(function)(rows)
+    keys = jax.random.split(key, rows.shape[0])
+    return jax.vmap(lambda row, key: function(row, key=key))(rows, keys)
+
+
+class Delta(AbstractBlock):
+    r"""A block made of a module that has its own skip connection: $f(X) = M(X) - X$.
+
+    The module maps one sequence, `[tokens, dim]`, to one of the same shape, as Equinox modules do.
+    It is mapped over the groups, and given a key where it has a parameter `key`. It gets neither
+    positions nor segments: it sees the selected tokens in time order, and zeros at the end for
+    empty slots. (A norm in it needs its epsilon: the gradient of a norm without one is NaN at 0.)
+    A module that needs more, packed documents, or decoding is better written as a block. In
+    bfloat16 the difference loses digits that a block which returns its update keeps.
+
+    **Arguments:**
+
+    - `module`: maps `[tokens, dim]` to `[tokens, dim]`.
+
+    **Raises:** `ValueError` for a layer of this library, whose block can be used as it is; at the
+    call, for a module that changes the shape.
+
+    >>> import jax.numpy as jnp, mode
+    >>> block = mode.Delta(lambda tokens: tokens + jnp.cumsum(tokens, axis=0))
+    >>> update, routings = block(jnp.ones((2, 8, 4)), mode.TokenInfo.plain((2, 8)))
+    >>> update[0, :3, 0].tolist(), routings
+    ([1.0, 2.0, 3.0], ())
+    """
+
+    module: Callable[..., Float[Array, "tokens dim"]]
+
+    def __check_init__(self):
+        if isinstance(self.module, AbstractLayer):
+            raise ValueError(
+                "`module` of `Delta` must map [tokens, dim] to [tokens, dim], got a layer, "
+                f"`{type(self.module).__name__}`, which returns routings too. Use the block inside "
+                "it, `layer.block`."
+            )
+        if not can_be_called(self.module, None):
+            raise ValueError(
+                "`module` of `Delta` must be called with one argument, [tokens, dim], got "
+                f"{type_name(self.module)}. A block, called as `block(x, info, key=key)`, needs no "
+                "`Delta`."
+            )
+
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
+    ) -> tuple[Hidden, Routings, tuple[()]]:
+        """Maps whole sequences, `[*groups, tokens, dim]`, to their update; no routings.
+
+        **Raises:** `ValueError` in a model that decodes: the module has no form for new tokens.
+        """
+        del info
+        if cache.is_kept:
+            raise ValueError(
+                "`model` must be able to decode, but `Delta` in it wraps "
+                f"{type_name(self.module)}, which maps whole sequences alone. Write it as a block "
+                "with `extend(x, info, cache)`: `help(mode.Cache)` shows one."
+            )
+        with jax.named_scope("mode.Delta"):
+            groups = x.reshape(-1, *x.shape[-2:])
+            hidden = map_rows(cast_parameters(self.module, x.dtype), groups, key)
+            check_kept_shape("module", hidden.shape[1:], groups.shape[1:])
+            return hidden.reshape(x.shape) - x, (), ()
+
+
+class PositionWise(AbstractBlock):
+    """A block made of a function of one token: `[dim] -> [dim]`, such as `eqx.nn.MLP`.
+
+    **Arguments:**
+
+    - `function`: maps one vector to one of the same size. It is given a key where it has a
+        parameter `key`.
+
+    **Raises:** `ValueError` at the call, for a function that changes the size.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, mode
+    >>> block = mode.PositionWise(eqx.nn.MLP(8, 8, 32, 1, key=jax.random.key(0)))
+    >>> block(jnp.ones((2, 4, 8)))[0].shape
+    (2, 4, 8)
+    """
+
+    function: Callable[[Vector], Vector]
+
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
+    ) -> tuple[Hidden, Routings, tuple[()]]:
+        """Maps each token by itself; no routings, no entries. See `AbstractBlock`."""
+        del info, cache
+        rows = x.reshape(-1, x.shape[-1])
+        update = map_rows(cast_parameters(self.function, x.dtype), rows, key)
+        check_kept_shape("function", update.shape[1:], rows.shape[1:])
+        return update.reshape(x.shape), (), ()

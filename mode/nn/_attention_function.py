@@ -1,0 +1,162 @@
+"""Attention functions: attention over given heads, for whole sequences and against a cache."""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._checks import check_count
+from .._dtypes import float32_or_wider
+from .._token_info import TokenInfo
+from ._blockwise import blockwise_attention
+from ._cache import Cache
+from ._scoring import Scoring, stack_rows, unstack_rows
+
+
+class AbstractAttentionFunction(eqx.Module):
+    """Attention over given heads. One object owns both forms, so that they cannot differ.
+
+    `Attention(..., attend=...)` also takes a plain function `(q, k, v, info) -> mixed` of whole
+    sequences. Such a model can be trained and evaluated; `prefill` refuses it.
+    """
+
+    @abc.abstractmethod
+    def extend(
+        self,
+        q: Float[Array, "batch new heads head_dim"],
+        k: Float[Array, "batch new kv_heads head_dim"],
+        v: Float[Array, "batch new kv_heads head_dim"],
+        info: TokenInfo,
+        cache: Cache,
+    ) -> Float[Array, "batch new heads head_dim"]:
+        """Attends from new tokens to those in the cache and to each other.
+
+        **Arguments:**
+
+        - `q`, `k`, `v`: of the new tokens, in time order. Query head h reads key-value head
+            `h // (heads // kv_heads)`.
+        - `info`: positions and segments of the new tokens, `[batch, new]`. In a routed layer only
+            selected tokens are here: distances follow from positions, not from slots.
+        - `cache`: empty for whole sequences. Else `cache.entries` is `(keys, values)` of earlier
+            tokens, `[batch, kv_heads, slots, head_dim]`, and `cache.info` their positions and
+            segments. Segment 0 marks empty slots and padding, which no real token may see.
+        """
+
+    def __call__(
+        self,
+        q: Float[Array, "batch tokens heads head_dim"],
+        k: Float[Array, "batch tokens kv_heads head_dim"],
+        v: Float[Array, "batch tokens kv_heads head_dim"],
+        info: TokenInfo,
+    ) -> Float[Array, "batch tokens heads head_dim"]:
+        """Attends inside whole sequences."""
+        return self.extend(q, k, v, info, Cache.empty())
+
+
+Attend = AbstractAttentionFunction | Callable[..., Float[Array, "batch tokens heads head_dim"]]
+
+# With few queries, keys are the left side of the product: XLA's CPU backend would copy them first
+# the other way round, and take twice as long.
+_FEW_ROWS = 16
+
+
+class CausalAttention(AbstractAttentionFunction):
+    r"""Softmax attention over the same and earlier tokens of the same segment.
+
+    Computed in float32 or wider. Short sequences form all scores at once; longer ones block by
+    block, in memory that grows with the length.
+
+    **Arguments:**
+
+    - `scale`: multiplies the products of queries and keys; by default `head_dim ** -0.5`.
+    - `soft_cap`: $c \tanh(s / c)$ for each score $s$; `None` for none.
+    - `window`: a token sees those less than `window` positions before it, itself included.
+    - `alibi`: subtracts `slope * distance` from each score, with the slope $2^{-8 h / H}$ of head
+        $h$ of $H$, counted from 1. Use it with `Attention(rope_theta=None)`.
+    - `block_size`: sequences of more tokens are computed in blocks of about this size. `None` forms
+        all scores at once, and has a forward-mode derivative at any length.
+
+    Padding, segment 0, attends to padding only: finite numbers that nobody reads.
+
+    **Raises:** `ValueError` for a number out of range.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> attend = mode.CausalAttention(window=4)
+    >>> block = mode.TransformerBlock(32, num_heads=4, attend=attend, key=jax.random.key(0))
+    >>> block(jnp.ones((2, 8, 32)))[0].shape
+    (2, 8, 32)
+
+    *Source:* arXiv:1706.03762, equation 1; grouped queries, arXiv:2305.13245; soft cap,
+    arXiv:2408.00118, section 2; window, arXiv:2004.05150, section 3.1; ALiBi, arXiv:2108.12409,
+    section 3. *Relative to the papers:* the mask follows the order of the tokens, which a gather
+    keeps, and their segments; windows and ALiBi follow original positions; slopes are those of the
+    formula for every number of heads.
+    """
+
+    scoring: Scoring
+    block_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        window: int | None = None,
+        alibi: bool = False,
+        # XLA's CPU backend runs the products of a batch one after another and spreads a single one
+        # over the cores only where it is large: smaller blocks take 1.5 times as long on two cores.
+        block_size: int | None = 512,
+    ):
+        self.scoring = Scoring(scale, soft_cap, window, alibi)
+        self.block_size = None if block_size is None else check_count("block_size", block_size, 16)
+
+    def extend(
+        self,
+        q: Float[Array, "batch new heads head_dim"],
+        k: Float[Array, "batch new kv_heads head_dim"],
+        v: Float[Array, "batch new kv_heads head_dim"],
+        info: TokenInfo,
+        cache: Cache,
+    ) -> Float[Array, "batch new heads head_dim"]:
+        """See `AbstractAttentionFunction`."""
+        new = q.shape[1]
+        if cache.is_empty and self.block_size is not None and new > self.block_size:
+            return blockwise_attention(self.scoring, q, k, v, info, self.block_size)
+        wide = float32_or_wider(q.dtype)
+        order = jnp.arange(new, dtype=jnp.int32)
+        earlier = order[:, None] >= order[None, :]
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        rows = stack_rows(self.scoring.scaled(q.astype(wide)), k.shape[2])
+
+        def logits(
+            keys: Array, key_info: TokenInfo, mask: Bool[Array, "new new"] | None
+        ) -> Float[Array, "batch kv_heads rows keys"]:
+            products = _products(rows, keys.astype(wide))
+            return self.scoring.logits(products, info, key_info, mask)
+
+        def mix(weights: Array, values: Array) -> Float[Array, "batch kv_heads rows head_dim"]:
+            return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(wide))
+
+        # A token sees itself, so that the maximum of the softmax is finite.
+        new_logits = logits(keys, info, earlier)
+        if cache.info is None:
+            return unstack_rows(mix(jax.nn.softmax(new_logits, axis=-1), values), q)
+        cached_keys, cached_values = cache.entries
+        # One softmax over the cached and the new keys.
+        both = jnp.concatenate([logits(cached_keys, cache.info, None), new_logits], axis=-1)
+        cached, own = jnp.split(jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1)
+        return unstack_rows(mix(cached, cached_values) + mix(own, values), q)
+
+
+def _products(
+    rows: Float[Array, "batch kv_heads rows head_dim"],
+    keys: Float[Array, "batch kv_heads keys head_dim"],
+) -> Float[Array, "batch kv_heads rows keys"]:
+    if rows.shape[-2] > _FEW_ROWS:
+        return jnp.einsum("bgqd,bgkd->bgqk", rows, keys)
+    products = jnp.einsum("bgkd,bgqd->bgkq", keys, rows)
+    # The barrier keeps XLA from turning the product itself round, which would copy the keys again.
+    return jax.lax.optimization_barrier(products).swapaxes(-1, -2)

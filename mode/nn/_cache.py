@@ -1,0 +1,166 @@
+"""The cache of a block or layer: what it needs from earlier tokens, and how new tokens join it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._token_info import TokenInfo
+from .._types import Sequences
+
+
+class Cache(eqx.Module):
+    """What one block keeps of the tokens that it processed.
+
+    `extend(x, info, cache)` reads it and returns the entries of the new tokens alone; decoding
+    appends them. An empty cache means that the new tokens are the first ones: with a cache of
+    `max_tokens=None`, a whole sequence, after which nothing follows and of which nothing is kept.
+
+    **Attributes:**
+
+    - `entries`: the tree of arrays that the block returned, `[batch, ..., slots, features]`, of the
+        tokens so far, in time order, and then of empty slots; `None` in an empty cache.
+    - `info`: positions and segments of these tokens, `[batch, slots]`; segment 0 marks an empty
+        slot. `None` in an empty cache.
+    - `length`: `[batch]`, how many tokens there are. `None` in an empty cache.
+    - `max_tokens`: how many tokens the block will process in all, a Python integer, or `None`.
+
+    Layers that are scanned over share one cache; each of its arrays has a leading axis of layers.
+
+    This block adds the mean of all tokens so far:
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, mode
+    >>> class Mean(mode.AbstractBlock):
+    ...     def extend(self, x, info, cache, *, key=None):
+    ...         real = jnp.where(info.valid[..., None], x, 0)
+    ...         total, count = jnp.cumsum(real, -2), jnp.cumsum(info.valid, -1)
+    ...         if not cache.is_empty:  # known when the program is traced
+    ...             earlier = jnp.where(cache.info.valid[..., None], cache.entries, 0)
+    ...             total += earlier.sum(-2, keepdims=True)
+    ...             count += cache.length[:, None]
+    ...         return total / jnp.maximum(count, 1).astype(x.dtype)[..., None], (), real
+    >>> make = lambda key: mode.MixtureOfDepths(Mean(), 32, capacity=0.5, key=key)
+    >>> model = mode.make_causal(mode.Transformer(256, 32, [make], 2, key=jax.random.key(0)))
+    >>> tokens = jax.random.randint(jax.random.key(1), (3, 24), 0, 256)
+    >>> mode.testing.assert_decodes(model, tokens)
+    """
+
+    entries: PyTree
+    info: TokenInfo | None
+    length: Int[Array, "*layers_and_batch"] | None
+    max_tokens: int | None = eqx.field(static=True)
+
+    @staticmethod
+    def empty(max_tokens: int | None = None) -> "Cache":
+        """A cache before the first token."""
+        return Cache(None, None, None, max_tokens)
+
+    @staticmethod
+    def of_tokens(entries: PyTree, info: TokenInfo, max_tokens: int | None) -> "Cache":
+        """The entries of some tokens; those of segment 0 are left out when they are appended."""
+        return Cache(entries, info, jnp.sum(info.valid, axis=-1, dtype=jnp.int32), max_tokens)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the new tokens are the first ones. Known when the program is traced."""
+        return self.info is None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether later tokens follow, so that entries are needed. Known at trace time."""
+        return self.max_tokens is not None
+
+    def part(self, index: int) -> "Cache":
+        """The cache of one of several blocks, whose entries were returned as a tuple."""
+        if self.is_empty:
+            return self
+        return Cache(self.entries[index], self.info, self.length, self.max_tokens)
+
+    def append(self, new: "Cache", after: Float[Array, "batch ..."]) -> "Cache":
+        """The cache with the new tokens behind those that it has.
+
+        One scatter per array, in place where the cache is donated. Tokens of segment 0 are written
+        behind the end, which is nowhere.
+
+        **Arguments:**
+
+        - `new`: entries of the new tokens, `[*layers, batch, ..., new, features]`.
+        - `after`: what was computed from this cache. The write waits for it.
+        """
+        if self.info is None:
+            return new._padded()
+        assert self.length is not None
+        assert self.max_tokens is not None
+        assert new.info is not None
+        assert new.length is not None
+        valid = new.info.valid
+        order = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+        # Every slot beyond the end is another one, as the indices of the scatter must be unique.
+        beyond = self.max_tokens + jnp.arange(valid.shape[-1], dtype=jnp.int32)
+        slots = jnp.where(
+            valid, self.length[..., None] + order, jnp.broadcast_to(beyond, valid.shape)
+        )
+        slots = _wait_for(slots, after)
+        leading = jnp.indices(slots.shape, sparse=True)[:-1]
+
+        def write(leaf: Array, values: Array, axis: int) -> Array:
+            rest: list[Any] = [slice(None)] * (leaf.ndim - len(leading))
+            rest[axis] = slots
+            # Indexed axes come first in the result of such an index, and so in the values.
+            values = jnp.moveaxis(values, axis, len(leading)).astype(leaf.dtype)
+            return leaf.at[(*leading, *rest)].set(values, mode="drop", unique_indices=True)
+
+        return Cache(
+            jax.tree.map(lambda leaf, part: write(leaf, part, -2), self.entries, new.entries),
+            jax.tree.map(lambda leaf, part: write(leaf, part, -1), self.info, new.info),
+            self.length + new.length,
+            self.max_tokens,
+        )
+
+    def rewind(self, lengths: Sequences) -> "Cache":
+        """The cache without the tokens at positions from `lengths` on."""
+        if self.info is None:
+            return self
+        assert self.length is not None
+        bound = jnp.broadcast_to(lengths, self.length.shape)[..., None]
+        kept = self.info.valid & (self.info.positions < bound)
+        segment_ids = jnp.where(kept, self.info.segment_ids, 0)
+        info = TokenInfo(self.info.positions, segment_ids)
+        return Cache.of_tokens(self.entries, info, self.max_tokens)
+
+    def _padded(self) -> "Cache":
+        """Room for `max_tokens` tokens, of which these are the first."""
+        assert self.max_tokens is not None
+        slots = self.max_tokens
+
+        def pad(leaf: Array, axis: int) -> Array:
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (0, slots - leaf.shape[axis])
+            return jnp.pad(leaf, widths)
+
+        return Cache(
+            jax.tree.map(lambda leaf: pad(leaf, -2), self.entries),
+            jax.tree.map(lambda leaf: pad(leaf, -1), self.info),
+            self.length,
+            self.max_tokens,
+        )
+
+
+def map_caches(function: Callable[["Cache"], "Cache"], caches: PyTree) -> PyTree:
+    """Applies `function` to every cache of a tree."""
+    return jax.tree.map(function, caches, is_leaf=lambda node: isinstance(node, Cache))
+
+
+def _wait_for(
+    slots: Int[Array, "*layers batch new"], after: Float[Array, "batch ..."]
+) -> Int[Array, "*layers batch new"]:
+    # Adds 0, which XLA cannot know. Its CPU backend orders a write behind a read only where the one
+    # depends on the other, and would copy the cache twice in every step to be safe. It removes a
+    # `jax.lax.optimization_barrier` before it inserts copies: with one, a step takes three times
+    # as long.
+    rows = after.reshape(after.shape[0], -1)[:, 0]
+    late = (jnp.isnan(rows) & (rows == 0)).astype(slots.dtype)
+    return slots + jnp.broadcast_to(late[:, None], slots.shape)

@@ -1,0 +1,194 @@
+"""The two contracts of this library: blocks and layers.
+
+- A **block** returns the *update* of the residual stream.
+- A **layer** returns *hidden states*: it adds the residual itself.
+
+`Residual(block)` and `MixtureOfDepths(block, ...)` are both layers: dense becomes
+Mixture-of-Depths by one word. `routings` is always a tuple, `()` where nothing was routed, and
+holds one `Routing` per router in the order of the routers in the module.
+
+Each has one pass, `extend`, which handles new tokens after those in a cache. `__call__` is `extend`
+on an empty cache. A module that is used in training alone may have `__call__` alone.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from .._checks import can_be_called, check_hidden, check_kept_shape, takes_key, type_name
+from .._token_info import TokenInfo, resolve_info
+from .._types import Hidden, Key
+from ..routing import Routings
+from ._cache import Cache
+
+
+@runtime_checkable
+class SupportsExtend(Protocol):
+    """Any object with a method `extend`: a block without `__call__` is one."""
+
+    extend: Callable[..., tuple[Hidden, Routings, PyTree]]
+
+
+Block = Callable[..., tuple[Hidden, Routings]] | SupportsExtend
+Layer = Callable[..., tuple[Hidden, Routings]]
+# One cache, or those of a layer that is made of layers.
+Caches = Cache | tuple[Any, ...]
+
+
+class AbstractBlock(eqx.Module):
+    """A module that returns the update of the residual stream.
+
+    A block of your own writes `extend` and can train and decode. `Cache` shows one.
+    """
+
+    @abc.abstractmethod
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
+    ) -> tuple[Hidden, Routings, PyTree]:
+        """Computes new tokens after those in the cache.
+
+        **Arguments:**
+
+        - `x`, `info`: new tokens, `[*groups, tokens, dim]`, in time order; padding, behind the real
+            tokens, has segment 0. After a cache that is not empty, `*groups` is `batch`.
+        - `cache`: what this block returned for the tokens before them; empty where there are none.
+
+        **Returns:** `(update, routings, entries)`: the update, `[*groups, tokens, dim]`; the
+        routings; and a tree of arrays, `[batch, ..., new, features]`, with what later tokens need
+        of the new ones, `()` where no token looks at another.
+        """
+
+    def __call__(
+        self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None
+    ) -> tuple[Hidden, Routings]:
+        """Maps whole sequences, `[*groups, tokens, dim]`, to their update and the routings."""
+        check_hidden(x)
+        update, routings, _ = self.extend(x, resolve_info(x, info), Cache.empty(), key=key)
+        return update, routings
+
+
+class AbstractLayer(eqx.Module):
+    """A module that returns hidden states: it adds the residual itself."""
+
+    @abc.abstractmethod
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None
+    ) -> tuple[Hidden, Routings, Caches]:
+        """Computes new tokens after those in the cache, as a block does.
+
+        **Returns:** `(hidden, routings, new)`: hidden states instead of an update; and the entries
+        as a `Cache` of the new tokens alone, whose `info` says which of them the layer processed.
+        """
+
+    def __call__(
+        self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None
+    ) -> tuple[Hidden, Routings]:
+        """Maps whole sequences, `[*groups, tokens, dim]`, to hidden states and the routings."""
+        check_hidden(x)
+        hidden, routings, _ = self.extend(x, resolve_info(x, info), Cache.empty(), key=key)
+        return hidden, routings
+
+
+def check_layer(name: str, layer: object) -> None:
+    """Refuses, where a model is built, what cannot be one of its layers."""
+    if isinstance(layer, AbstractBlock):
+        raise ValueError(
+            f"`{name}` must build layers, which return hidden states, got a block, "
+            f"`{type(layer).__name__}`, which returns the update alone. Make a layer of it by "
+            "`Residual(block)` or `MixtureOfDepths(block, dim, key=key)`."
+        )
+    if not _fits(layer):
+        raise ValueError(
+            f"`{name}` must build layers, called as `layer(x, info, key=key)` and returning "
+            f"(hidden, routings), got {type_name(layer)}. `Residual` and `MixtureOfDepths` make "
+            "layers of blocks."
+        )
+
+
+def check_block(name: str, block: object) -> None:
+    """Refuses, where a layer is built, what cannot be its block."""
+    if isinstance(block, AbstractLayer):
+        raise ValueError(
+            f"`{name}` must return the update alone, got a layer, `{type(block).__name__}`, which "
+            "adds the residual itself: it would count twice. Pass the block inside it, "
+            "`layer.block`."
+        )
+    if not _fits(block):
+        raise ValueError(
+            f"`{name}` must be a block, called as `block(x, info, key=key)` and returning (update, "
+            f"routings), got {type_name(block)}, which cannot be called so. Make a block of a "
+            "module of one sequence with its own skip connection by `Delta(module)`, of a function "
+            "of one token by `PositionWise(function)`."
+        )
+
+
+def _fits(module: object) -> bool:
+    if isinstance(module, type):
+        return False
+    extend = getattr(module, "extend", None)
+    return can_be_called(extend, None, None, None) or can_be_called(module, None, None, key=None)
+
+
+def run_block(
+    name: str, block: Any, x: Hidden, info: TokenInfo, cache: Cache, key: Key
+) -> tuple[Hidden, Routings, PyTree]:
+    """Runs `block.extend`, or the `__call__` of a block without one, and checks what it returns.
+
+    **Raises:** `ValueError` for a block without `extend` where tokens follow, and for a result that
+    is not an update of the shape of `x`, a tuple of routings and entries of the new tokens.
+    """
+    if hasattr(block, "extend"):
+        options = {"key": key} if takes_key(block.extend) else {}
+        result = block.extend(x, info, cache, **options)
+        if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], tuple)):
+            raise ValueError(
+                f"`{name}` must return (update, routings, entries) from `extend`, with `()` where "
+                f"nothing was routed or is needed later, got {_described(result)} from "
+                f"{type_name(block)}."
+            )
+    elif cache.is_kept:
+        raise ValueError(
+            f"`model` must be able to decode, but `{type(block).__name__}` in it has no method "
+            "`extend(x, info, cache)`, which computes new tokens after those in a cache. "
+            "`help(mode.Cache)` shows one."
+        )
+    else:
+        result = block(x, info, key=key)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
+            raise ValueError(
+                f"`{name}` must return (update, routings), with `()` where nothing was routed, got "
+                f"{_described(result)} from {type_name(block)}. Make a block of a module that "
+                "returns hidden states by `Delta(module)`."
+            )
+        result = (*result, ())
+    update, routings, entries = result
+    check_kept_shape(name, getattr(update, "shape", ()), x.shape)
+    if cache.is_kept:
+        _check_entries(type(block).__name__, entries, x.shape[:-1], cache)
+    return update, routings, entries
+
+
+def _described(result: object) -> str:
+    return f"a tuple of {len(result)}" if isinstance(result, tuple) else type_name(result)
+
+
+def _check_entries(name: str, entries: PyTree, shape: tuple[int, ...], cache: Cache) -> None:
+    batch, new = shape
+    for leaf in jax.tree.leaves(entries):
+        got = getattr(leaf, "shape", ())
+        if len(got) < 3 or (got[0], got[-2]) != (batch, new):
+            raise ValueError(
+                f"`{name}.extend` must return entries [batch, ..., new, features] of its {new} new "
+                f"tokens alone, here [{batch}, ..., {new}, features], got shape {got}. Those of "
+                "earlier tokens are in the cache already."
+            )
+    structure = jax.tree.structure(entries)
+    if not cache.is_empty and structure != jax.tree.structure(cache.entries):
+        raise ValueError(
+            f"`{name}.extend` must return the same tree of entries for every token, got "
+            f"{structure} after {jax.tree.structure(cache.entries)}."
+        )

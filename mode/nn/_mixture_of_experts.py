@@ -1,0 +1,169 @@
+"""Mixture-of-Experts: many feed-forwards, of which each token uses few."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from .._capacity import Capacity, exact_fraction
+from .._checks import check_count, check_hidden
+from .._token_info import TokenInfo
+from .._types import ExpertLogits, ExpertMask, Hidden, Key
+from ..parallel import role_field, to_experts, to_groups
+from ..routing import (
+    ROUTER_STD,
+    AbstractGate,
+    AbstractSelector,
+    ExpertChoice,
+    Router,
+    SoftmaxGate,
+    combine,
+    dispatch,
+)
+from ._cache import Cache
+from ._contracts import AbstractBlock, Routings
+from ._experts import Expert, MakeExpert, check_make_expert, run_experts, run_experts_bucketed
+
+
+class MixtureOfExperts(AbstractBlock):
+    r"""Routes tokens to experts: $\sum_e w_{ie} f_e(x_i)$ over the experts that selected token $i$,
+    and 0 for a token that none selected.
+
+    **Arguments:**
+
+    - `make_expert`: builds one expert from a key. An expert maps one vector `[dim]` to one of the
+        same size; `eqx.nn.MLP`, `SwiGLUFeedForward` and `GELUFeedForward` do. It is given a key
+        where it has a parameter `key`, as one with dropout has. All experts are one stacked module.
+    - `dim`: features of the hidden states.
+    - `num_experts`: experts that compute.
+    - `capacity_factor`: slots per token, over all experts. Each has
+        `token_capacity(tokens, capacity_factor / num_experts)`, so a factor of 1 costs what one
+        expert on every token costs, whatever the number of experts, no-ops or `k`.
+    - `num_noop`: no-op experts. They have no parameters, slots or FLOPs, and their probability
+        competes in the softmax. Under `ExpertChoice` they only move probability; under
+        `TokenChoice` choosing one uses one of the token's `k` choices.
+    - `num_shared`: further experts that see every token with weight 1.
+    - `select`: `ExpertChoice()`, which sees the future in a decoder (`make_causal` replaces it), or
+        `TokenChoice(k)`, which does not.
+    - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
+    - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
+    - `router_std`: standard deviation of the router's initial weights.
+
+    `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
+    which tokens are selected, never the weights, and only `update_router_state` moves it.
+
+    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, a
+    `make_expert` that does not build maps of `[dim]` to `[dim]` from a key, or a capacity factor
+    that is not a finite positive number; at the call, for one that leaves an expert less than one
+    whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp, mode
+    >>> make_expert = lambda key: eqx.nn.MLP(32, 32, 128, 1, jax.nn.gelu, key=key)
+    >>> experts = mode.MixtureOfExperts(
+    ...     make_expert, 32, num_experts=8, capacity_factor=2.0, key=jax.random.key(0)
+    ... )
+    >>> hidden, (routing,) = mode.Residual(experts)(jnp.ones((4, 64, 32)))
+    >>> routing.index.shape
+    (4, 8, 16)
+
+    *Source:* arXiv:2202.09368, section 3 ($k = n c / e$); no-op experts, arXiv:2404.02258, section
+    4.3. *Relative to the paper:* the expert-choice paper pools the tokens of the whole batch; here
+    they compete inside their group only, so that no sequence affects another.
+    """
+
+    router: Router
+    shared: Expert | None
+    experts: Expert = role_field("experts")
+
+    def __init__(
+        self,
+        make_expert: MakeExpert,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: Capacity = 1.0,
+        num_noop: int = 0,
+        num_shared: int = 0,
+        select: AbstractSelector = ExpertChoice(),
+        gate: AbstractGate = SoftmaxGate(),
+        predictor: Callable[..., ExpertLogits] | None = None,
+        router_std: float = ROUTER_STD,
+        key: PRNGKeyArray,
+    ):
+        num_experts = check_count("num_experts", num_experts, 1)
+        num_noop = check_count("num_noop", num_noop, 0)
+        num_shared = check_count("num_shared", num_shared, 0)
+        check_make_expert(make_expert, dim)
+        router_key, expert_key, shared_key = jax.random.split(key, 3)
+        make_experts = eqx.filter_vmap(make_expert)
+        self.router = Router(
+            dim,
+            num_experts,
+            num_noop=num_noop,
+            capacity=exact_fraction("capacity_factor", capacity_factor) / num_experts,
+            select=select,
+            gate=gate,
+            predictor=predictor,
+            std=router_std,
+            key=router_key,
+        )
+        self.experts = make_experts(jax.random.split(expert_key, num_experts))
+        self.shared = make_experts(jax.random.split(shared_key, num_shared)) if num_shared else None
+
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
+    ) -> tuple[Hidden, Routings, ExpertMask]:
+        """Returns the update and `(routing,)`. See `AbstractBlock`.
+
+        The entries say which experts selected a token: so many of their slots are used. After
+        earlier tokens, each expert computes about the tokens that it selected, and reads no weights
+        where there are none.
+        """
+        check_hidden(x, self.router.dim)
+        total = x.shape[-2] if cache.max_tokens is None else cache.max_tokens
+        self._check_slots(total)
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        with jax.named_scope("mode.MixtureOfExperts"):
+            slots = self.router.slots(total)
+            routing = self.router(x, info, slots=slots, used=_used_slots(cache), key=keys[0])
+            if cache.is_empty:
+                inputs = to_experts(dispatch(x, routing))
+                updates = to_groups(run_experts(self.experts, inputs, keys[1]))
+            else:
+                capacity = min(self.router.capacity, Fraction(1))
+                inputs = dispatch(x, routing)
+                updates = run_experts_bucketed(self.experts, inputs, routing.filled, capacity)
+            # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
+            update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
+            if self.shared is not None:
+                update += _run_shared(self.shared, x, info, keys[2])
+            return update, (routing,), routing.selected
+
+    def _check_slots(self, num_tokens: int) -> None:
+        slots = num_tokens * self.router.capacity
+        if slots < 1 and self.router.select.max_capacity is None:
+            factor = self.router.capacity * self.router.num_experts
+            raise ValueError(
+                "`capacity_factor` must leave every expert at least one whole slot: tokens * "
+                f"capacity_factor / num_experts >= 1, got {num_tokens} * {float(factor):g} / "
+                f"{self.router.num_experts} = {float(slots):g}. Use a capacity factor of at least "
+                f"{float(Fraction(self.router.num_experts, num_tokens)):g}, fewer experts or "
+                "longer groups."
+            )
+
+
+def _used_slots(cache: Cache) -> Int[Array, "batch experts"] | None:
+    if cache.info is None:
+        return None
+    selected = cache.entries & cache.info.valid[..., None]
+    return jnp.sum(selected, axis=-2, dtype=jnp.int32)
+
+
+def _run_shared(experts: Expert, x: Hidden, info: TokenInfo, key: Key) -> Hidden:
+    """Sums what all shared experts return for every token."""
+    # Zeros for padding: a NaN there would reach the gradients of parameters.
+    real = jnp.where(info.valid[..., None], x, 0)
+    return run_experts(experts, real, key, same_inputs=True).sum(0)

@@ -1,0 +1,87 @@
+"""The transformer block: attention, then a feed-forward, both as updates of the residual stream."""
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._checks import check_hidden
+from .._linear import RMSNorm
+from .._token_info import TokenInfo
+from .._types import Hidden, Key
+from ..parallel import role_field
+from ._adapters import PositionWise
+from ._attention import Attention
+from ._attention_function import Attend, CausalAttention
+from ._cache import Cache
+from ._contracts import AbstractBlock, Block, Routings, check_block, run_block
+from ._feedforward import SwiGLUFeedForward
+
+
+class TransformerBlock(AbstractBlock):
+    r"""Pre-norm attention and feed-forward as one update: $a + g(\text{norm}(x + a))$ with
+    $a = \text{attention}(\text{norm}(x))$.
+
+    It returns the update rather than the sum, so that a router can weigh it without counting the
+    residual twice, and so that it keeps its digits in bfloat16.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states; a multiple of `num_heads`.
+    - `num_heads`, `num_kv_heads`, `rope_theta`, `attend`: of `Attention`.
+    - `feedforward`: any block, such as `PositionWise(GELUFeedForward(dim, key=key))` or a
+        `MixtureOfExperts`; by default `PositionWise(SwiGLUFeedForward(dim, key=key))`.
+
+    **Raises:** `ValueError` for sizes that do not divide, or a feed-forward that is no block.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> block = mode.TransformerBlock(32, num_heads=4, num_kv_heads=2, key=jax.random.key(0))
+    >>> update, routings = block(jnp.ones((4, 64, 32)))
+    >>> update.shape, routings
+    ((4, 64, 32), ())
+    """
+
+    attention_norm: RMSNorm
+    attention: Attention
+    feedforward_norm: RMSNorm
+    feedforward: Block = role_field("feedforward")
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        feedforward: Block | None = None,
+        rope_theta: float | None = 10_000.0,
+        attend: Attend = CausalAttention(),
+        key: PRNGKeyArray,
+    ):
+        if feedforward is not None:
+            check_block("feedforward", feedforward)
+        attention_key, feedforward_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(dim)
+        self.attention = Attention(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            rope_theta=rope_theta,
+            attend=attend,
+            key=attention_key,
+        )
+        self.feedforward_norm = RMSNorm(dim)
+        self.feedforward = (
+            PositionWise(SwiGLUFeedForward(dim, key=feedforward_key))
+            if feedforward is None
+            else feedforward
+        )
+
+    def extend(
+        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
+    ) -> tuple[Hidden, Routings, PyTree]:
+        """Returns the update and the feed-forward's routings. See `AbstractBlock`."""
+        check_hidden(x, self.attention_norm.weight.shape[0])
+        attended, _, keys = self.attention.extend(self.attention_norm(x), info, cache.part(0))
+        normed = self.feedforward_norm(x + attended)
+        update, routings, entries = run_block(
+            "feedforward", self.feedforward, normed, info, cache.part(1), key
+        )
+        return attended + update, routings, (keys, entries)

@@ -1,0 +1,62 @@
+"""Routing: which tokens go to which expert, and with what weight.
+
+A `Router` makes a `Routing`, the record of one decision. Read in the order of the data: the scorer
+and its gate (`_router`, `_gates`), the selector (`_selector` and the rules beside it), the record
+(`_record`), and the gather and scatter that move tokens by it (`_dispatch`). What a router
+remembers between steps is in `_router_state`, `_state_update` and `_quantile`.
+"""
+
+from ._causal import causal_selection as causal_selection, make_causal as make_causal
+from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
+from ._gates import (
+    AbstractGate as AbstractGate,
+    IdentityGate as IdentityGate,
+    SelectedSoftmaxGate as SelectedSoftmaxGate,
+    SigmoidGate as SigmoidGate,
+    SoftmaxGate as SoftmaxGate,
+    TanhGate as TanhGate,
+)
+from ._losses import (
+    load_balance_loss as load_balance_loss,
+    masked_mean as masked_mean,
+    predictor_bce as predictor_bce,
+    router_bce as router_bce,
+    router_z_loss as router_z_loss,
+)
+from ._metrics import (
+    RoutingMetrics as RoutingMetrics,
+    SelectionAccuracy as SelectionAccuracy,
+    routing_metrics as routing_metrics,
+    selection_accuracy as selection_accuracy,
+)
+from ._predictor import Predictor as Predictor
+from ._record import Routing as Routing, Routings as Routings, selected_mask as selected_mask
+from ._router import ROUTER_STD as ROUTER_STD, Router as Router
+from ._router_state import RouterState as RouterState
+from ._selector import (
+    AbstractSelector as AbstractSelector,
+    AbstractTokenSelector as AbstractTokenSelector,
+    Assignment as Assignment,
+    RoutingInputs as RoutingInputs,
+    first_come_first_served as first_come_first_served,
+)
+from ._sequence_selectors import (
+    ExpertChoice as ExpertChoice,
+    RandomChoice as RandomChoice,
+    Replay as Replay,
+    Strided as Strided,
+)
+from ._state_update import update_router_state as update_router_state
+from ._surgery import (
+    is_trainable as is_trainable,
+    map_router_routings as map_router_routings,
+    map_routers as map_routers,
+    routers as routers,
+)
+from ._token_selectors import (
+    AbstractThreshold as AbstractThreshold,
+    LogitThreshold as LogitThreshold,
+    PredictorThreshold as PredictorThreshold,
+    QuantileThreshold as QuantileThreshold,
+    TokenChoice as TokenChoice,
+)

@@ -1,0 +1,111 @@
+"""Causal selection: the rules for a model trained under top-k, which sees the future."""
+
+import equinox as eqx
+from jaxtyping import PyTree
+
+from .._capacity import Capacity
+from .._checks import check_instance
+from .._types import ExpertMask
+from ._record import Routing, Routings, selected_mask
+from ._router import Router
+from ._surgery import map_router_routings, map_routers
+from ._token_selectors import AbstractThreshold, PredictorThreshold, QuantileThreshold
+
+
+def make_causal(
+    model: PyTree,
+    *,
+    threshold: AbstractThreshold | None = None,
+    max_capacity: Capacity | None = 1.0,
+) -> PyTree:
+    """Replaces the selectors of a model so that no token's routing depends on later tokens.
+
+    Each selector that is not causal, and each threshold, becomes `threshold`; the others stay.
+    Parameters and router state are shared with `model`.
+
+    Causal means independent of the *content* of later tokens. Their *number* still counts under
+    `TokenChoice`, `Strided` or a `max_capacity` below 1: the slots are a fraction of the whole
+    length, so compare at one length, padded at the end. (`RandomChoice`, `Strided` and `Replay`
+    assign whole sequences: such a model can be evaluated, but `prefill` raises an error.)
+
+    **Arguments:**
+
+    - `model`: any tree with routers in it: a layer, a model, a training state.
+    - `threshold`: the new selector of every router. By default `PredictorThreshold` for a router
+        with a predictor and `QuantileThreshold` for any other. A quantile that
+        `update_router_state` never updated is 0, which about half of the tokens pass. One call,
+        `update_router_state(model, model(tokens)[1])`, calibrates it.
+    - `max_capacity`: of the default thresholds, as in `AbstractThreshold`. To train under `None`,
+        call `make_causal` inside the loss: an optimizer's state has the structure of the model it
+        was made for, selectors included.
+
+    **Returns:** a copy of `model`.
+
+    **Raises:** `ValueError` for a `threshold` that is not an instance of one, and for a
+    `max_capacity` beside it.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> mode.routers(mode.make_causal(model))[0].select
+    QuantileThreshold(max_capacity=1.0)
+
+    *Source:* arXiv:2404.02258, section 3.5.
+    """
+    if threshold is not None:
+        check_instance("threshold", threshold, AbstractThreshold, "QuantileThreshold()")
+        if max_capacity != 1.0:
+            raise ValueError(
+                "`max_capacity` must be left out where `threshold` is given, which has its own: "
+                f"got {max_capacity!r} beside {threshold!r}. Write "
+                f"`threshold={type(threshold).__name__}(max_capacity={max_capacity!r})`."
+            )
+
+    def replaced(router: Router) -> Router:
+        if not _is_replaced(router):
+            return router
+        default = QuantileThreshold if router.predictor is None else PredictorThreshold
+        select = default(max_capacity) if threshold is None else threshold
+        return eqx.tree_at(lambda r: r.select, router, select)
+
+    return map_routers(replaced, model)
+
+
+def causal_selection(
+    model: PyTree, routings: Routings, *, threshold: AbstractThreshold | None = None
+) -> list[ExpertMask]:
+    """Returns what the selectors of `make_causal(model)` would select, given recorded logits.
+
+    Compare the masks with the recorded ones by `selection_accuracy(routing, mask)`. (The causal
+    model itself makes other hidden states from its second routed layer on.)
+
+    **Arguments:**
+
+    - `model`: any tree with routers in it.
+    - `routings`: what the model's call returned, one routing per router.
+    - `threshold`: as in `make_causal`.
+
+    **Returns:** one mask per router, `[*layers, *groups, tokens, experts]`. For a router whose
+    selector `make_causal` keeps, it is `routing.selected`.
+
+    **Raises:** `ValueError` as `make_causal`, and as `map_router_routings`.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> logits, routings = model(jnp.zeros((2, 64), int))
+    >>> (mask,) = mode.causal_selection(model, routings)
+    >>> mask.shape
+    (2, 2, 64, 1)
+    """
+
+    def select(router: Router, routing: Routing) -> ExpertMask:
+        if not _is_replaced(router):
+            return routing.selected
+        slots = router.slots(routing.num_tokens)
+        inputs = router.inputs(routing.logits, routing.predictor, routing.valid, slots)
+        return selected_mask(router.select(inputs).index, routing.num_tokens)
+
+    return map_router_routings(select, make_causal(model, threshold=threshold), routings)
+
+
+def _is_replaced(router: Router) -> bool:
+    return not router.select.is_causal or isinstance(router.select, AbstractThreshold)

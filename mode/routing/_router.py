@@ -1,0 +1,249 @@
+"""The router: scorer, selector, gate and, for causal inference, an optional predictor."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._capacity import Capacity, exact_fraction, token_capacity
+from .._checks import check_instance
+from .._dtypes import float32_or_wider
+from .._linear import Linear
+from .._token_info import TokenInfo
+from .._types import ExpertLogits, Hidden, Key, Logits, SlotIndex, TokenMask
+from ..parallel import role_field
+from ._gates import AbstractGate, SelectedSoftmaxGate
+from ._record import Routing, selected_mask
+from ._router_state import RouterState
+from ._selector import AbstractSelector, AbstractTokenSelector, Assignment, RoutingInputs
+from ._token_selectors import TokenChoice
+
+
+# With this value a router starts nearly undecided. At `dim ** -0.5` the identity gate gives some
+# tokens weights of 2 and more before anything is learned.
+ROUTER_STD = 0.02
+
+
+class Router(eqx.Module):
+    r"""Turns hidden states into a `Routing`: the one router of every layer in this library.
+
+    $\text{logits} = W x$ in float32 or wider, whatever the dtype of the activations; the selector
+    compares `gate.scores(logits + bias)`; the weights are `gate(logits)`, without the bias.
+
+    **Arguments:**
+
+    - `dim`: features of the hidden states.
+    - `num_experts`: experts that compute.
+    - `num_noop`: no-op experts, which have no parameters, slots or FLOPs, and compete in the gate.
+    - `capacity`: slots of each expert per token of a group.
+    - `select`: the selector, which assigns tokens to slots.
+    - `gate`: maps logits to weights.
+    - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
+    - `std`: standard deviation of the scorer's initial weights; the paper gives none.
+
+    **Raises:** `ValueError` for a selector or gate that is not an instance of one, and for a pair
+    of them that would leave the router without a gradient.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> select, gate = mode.ExpertChoice(), mode.SoftmaxGate()
+    >>> router = mode.Router(8, 4, capacity=0.25, select=select, gate=gate, key=jax.random.key(0))
+    >>> routing = router(jnp.ones((2, 16, 8)), mode.TokenInfo.plain((2, 16)))
+    >>> routing.index.shape, routing.logits.shape
+    ((2, 4, 4), (2, 16, 4))
+
+    *Source:* arXiv:2404.02258, section 3.4; arXiv:2202.09368, section 3.
+    """
+
+    dim: int = eqx.field(static=True)
+    capacity: Fraction = eqx.field(static=True)
+    num_experts: int = eqx.field(static=True)
+    # One role for all: a router is small, and every device has all of it.
+    scorer: Callable[..., Logits] = role_field("router")
+    select: AbstractSelector = role_field("router")
+    gate: AbstractGate = role_field("router")
+    predictor: Callable[..., ExpertLogits] | None = role_field("router")
+    state: RouterState = role_field("router")
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 1,
+        *,
+        num_noop: int = 0,
+        capacity: Capacity,
+        select: AbstractSelector,
+        gate: AbstractGate,
+        predictor: Callable[..., ExpertLogits] | None = None,
+        std: float = ROUTER_STD,
+        key: PRNGKeyArray,
+    ) -> None:
+        check_instance("select", select, AbstractSelector, "ExpertChoice()")
+        check_instance("gate", gate, AbstractGate, "SigmoidGate()")
+        _check_gradient(select, gate)
+        if isinstance(predictor, type) or not (predictor is None or callable(predictor)):
+            raise ValueError(
+                "`predictor` must map hidden states to one logit per expert, such as "
+                f"`Predictor(dim, key=key)`, or be None, got {predictor!r}."
+            )
+        self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)
+        self.select = select
+        self.gate = gate
+        self.predictor = predictor
+        self.state = RouterState.initial(num_experts, num_experts + num_noop)
+        self.dim = dim
+        self.capacity = exact_fraction("capacity", capacity)
+        self.num_experts = num_experts
+
+    @property
+    def num_noop(self) -> int:
+        """No-op experts among the choices."""
+        return self.state.bias.shape[-1] - self.num_experts
+
+    def slots(self, num_tokens: int) -> int:
+        """Returns the number of slots of each expert in a group of `num_tokens`."""
+        own = self.select.max_capacity
+        return token_capacity(num_tokens, self.capacity if own is None else own)
+
+    def scores(self, logits: Logits) -> Logits:
+        """Returns what the selector compares: the gate's scores of the logits plus the bias."""
+        bias = jax.lax.stop_gradient(self.state.bias).astype(logits.dtype)
+        return self.gate.scores(logits + jnp.expand_dims(bias, range(logits.ndim - 1)))
+
+    def inputs(
+        self,
+        logits: Logits,
+        predictor: ExpertLogits | None,
+        valid: TokenMask,
+        slots: int,
+        free: Int[Array, "*groups experts"] | None = None,
+    ) -> RoutingInputs:
+        """Makes the inputs of the selector from the scorer's logits. No gradient flows through.
+
+        The arguments are the fields of the same names of `RoutingInputs`.
+        """
+        return RoutingInputs(
+            scores=jax.lax.stop_gradient(self.scores(logits)),
+            logits=jax.lax.stop_gradient(logits),
+            predictor=jax.lax.stop_gradient(predictor),
+            threshold=jax.lax.stop_gradient(self.state.threshold.astype(logits.dtype)),
+            valid=valid,
+            free=free,
+            slots=slots,
+        )
+
+    def __call__(
+        self,
+        x: Hidden,
+        info: TokenInfo,
+        *,
+        slots: int | None = None,
+        used: Int[Array, "*groups experts"] | None = None,
+        key: Key = None,
+    ) -> Routing:
+        """Routes whole sequences, or tokens that follow earlier ones.
+
+        **Arguments:**
+
+        - `x`: `[*groups, tokens, dim]`.
+        - `info`: positions and segments of the tokens, `[*groups, tokens]`.
+        - `slots`: slots of each expert in the whole sequence, if `x` is a part of it; by default
+            `self.slots(tokens)`. The width of `index` is the smaller of `slots` and `tokens`.
+        - `used`: `[*groups, experts]`, slots that earlier tokens of the sequence filled; `None` if
+            there are none. Needs `slots`, and a selector that decides token by token.
+        - `key`: for selectors that draw random numbers.
+
+        **Raises:** `ValueError` for `used` without `slots` or with a selector that assigns whole
+        sequences; for a selector, gate or predictor whose result has the wrong shape.
+        """
+        with jax.named_scope("mode.Router"):
+            _check_gradient(self.select, self.gate)  # they may have been replaced since
+            if used is not None:
+                _check_follows(self.select, slots)
+            num_tokens = x.shape[-2]
+            total = self.slots(num_tokens) if slots is None else slots
+            # Padding becomes zeros: a NaN there would reach the scorer's gradient as 0 * NaN.
+            x = jnp.where(info.valid[..., None], x, 0).astype(float32_or_wider(x.dtype))
+            logits = self.scorer(x)
+            predictor = None if self.predictor is None else self.predictor(jax.lax.stop_gradient(x))
+            _check_predictor(predictor, (*x.shape[:-1], self.num_experts))
+            free = None if used is None else total - used
+            inputs = self.inputs(logits, predictor, info.valid, min(total, num_tokens), free)
+            assignment = self.select(inputs, key=key)
+            _check_assignment(self.select, assignment, inputs)
+            weight = self._slot_weights(logits, assignment.index)
+            return Routing(assignment.index, weight, logits, assignment.load, info.valid, predictor)
+
+    def _slot_weights(
+        self, logits: Logits, index: SlotIndex
+    ) -> Float[Array, "*groups experts slots"]:
+        num_tokens = logits.shape[-2]
+        weights = self.gate(logits, selected_mask(index, num_tokens))
+        _check_weights(self.gate, weights, (*logits.shape[:-1], self.num_experts))
+        # Clipped for the gather only; `where`, not a product, clears the empty slots.
+        token = jnp.minimum(index, num_tokens - 1)
+        weight = jnp.take_along_axis(jnp.swapaxes(weights, -1, -2), token, axis=-1)
+        return jnp.where(index < num_tokens, weight, 0)
+
+
+# Users may write the parts of a router themselves, so their results are checked.
+
+
+def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
+    if isinstance(gate, SelectedSoftmaxGate) and isinstance(select, TokenChoice) and select.k == 1:
+        raise ValueError(
+            "`gate=SelectedSoftmaxGate()` with `select=TokenChoice(1)` gives every weight the "
+            "value 1 and the router no gradient. Use `gate=SoftmaxGate()`, or `TokenChoice(k)` "
+            "with k of at least 2."
+        )
+
+
+def _check_follows(select: AbstractSelector, slots: int | None) -> None:
+    if not isinstance(select, AbstractTokenSelector):
+        raise ValueError(
+            "`select` must decide token by token where tokens follow earlier ones, got "
+            f"`{type(select).__name__}`, which assigns whole sequences. Use "
+            "`mode.make_causal(model)`, or put a `QuantileThreshold` there by `mode.map_routers`."
+        )
+    if slots is None:
+        raise ValueError(
+            "`slots` must be given with `used`: the slots of each expert in the whole sequence, "
+            "such as `router.slots(max_tokens)`, got None."
+        )
+
+
+def _check_assignment(select: AbstractSelector, assignment: object, inputs: RoutingInputs) -> None:
+    if not isinstance(assignment, Assignment):
+        raise ValueError(
+            f"`select`, {type(select).__name__}, must return an `Assignment(index, load)`, got "
+            f"{type(assignment).__name__}."
+        )
+    groups = inputs.valid.shape[:-1]
+    rows, load = (*groups, inputs.num_experts), (*groups, inputs.scores.shape[-1])
+    if (assignment.index.shape[:-1], assignment.load.shape) != (rows, load):
+        raise ValueError(
+            f"`select`, {type(select).__name__}, must return an index of shape [*groups, experts, "
+            f"slots] = {(*rows, inputs.slots)} and a load of shape [*groups, choices] = {load}, "
+            f"got {assignment.index.shape} and {assignment.load.shape}. "
+            "`first_come_first_served` makes such an index, `inputs.pad_noop_load` such a load."
+        )
+
+
+def _check_predictor(logits: ExpertLogits | None, expected: tuple[int, ...]) -> None:
+    # One logit for several experts would broadcast in the loss without an error.
+    if logits is not None and logits.shape != expected:
+        raise ValueError(
+            f"`predictor` must return one logit per expert, {expected}, got {logits.shape}. Use "
+            "`Predictor(dim, num_experts, key=key)`."
+        )
+
+
+def _check_weights(gate: AbstractGate, weights: ExpertLogits, expected: tuple[int, ...]) -> None:
+    if weights.shape != expected:
+        raise ValueError(
+            f"`gate`, {type(gate).__name__}, must return one weight per token and expert, "
+            f"{expected}, without the no-ops, got {weights.shape}. Cut the logits to "
+            "`selected.shape[-1]` experts."
+        )

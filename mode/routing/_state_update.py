@@ -1,0 +1,80 @@
+"""The update of router state, thresholds and biases, after a training step."""
+
+import numbers
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._types import Scalar
+from ._quantile import score_quantile
+from ._record import Routing, Routings
+from ._router import Router
+from ._router_state import RouterState
+from ._surgery import map_router_routings, map_routers
+from ._token_selectors import TokenChoice
+
+
+def update_router_state(
+    model: PyTree,
+    routings: Routings,
+    *,
+    quantile_rate: float | Scalar = 0.03,
+    bias_rate: float | Scalar = 0.001,
+) -> PyTree:
+    r"""Updates the state of every router with the routings of one training step.
+
+    Thresholds move towards the score $q$ that separates the best of all real tokens of the step, a
+    fraction `capacity`, from the rest: $t \leftarrow t + \max(\rho, 1/(n+1)) (q - t)$ after $n$
+    updates. This is a plain mean at first and an exponential average later. Biases, of routers with
+    a `TokenChoice` selector, move by $u \, \text{sign}(\bar L - L_c)$, where $L_c$ is the number of
+    assignments that requested choice $c$ and $\bar L$ its mean over the choices.
+
+    **Arguments:**
+
+    - `model`, `routings`: as in `map_router_routings`.
+    - `quantile_rate`: $\rho$, between 0 and 1.
+    - `bias_rate`: $u$, in units of a logit.
+
+    **Returns:** a copy of `model` with new router state. All other leaves are the same arrays.
+
+    **Raises:** `ValueError` as `map_router_routings`, and for a rate outside [0, 1].
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> logits, routings = model(jnp.zeros((2, 64), int))
+    >>> mode.routers(mode.update_router_state(model, routings))[0].state.updates.tolist()
+    [1, 1]
+
+    *Source:* thresholds, arXiv:2603.11535; biases, arXiv:2408.15664, algorithm 1. *Relative to
+    the papers:* the bias is added to the logits, not to a sigmoid of them, and no-op experts are
+    balanced like the others.
+    """
+    for name, rate in (("quantile_rate", quantile_rate), ("bias_rate", bias_rate)):
+        # The value of a schedule is not known yet.
+        if isinstance(rate, numbers.Real) and not 0 <= rate <= 1:
+            raise ValueError(f"`{name}` must be between 0 and 1, got {rate}.")
+
+    def updated(router: Router, routing: Routing) -> RouterState:
+        state, routing = router.state, jax.lax.stop_gradient(routing)
+        old = state.threshold.astype(jnp.float32)
+        scores = router.scores(routing.logits)[..., : router.num_experts].astype(jnp.float32)
+        target = score_quantile(scores, routing.valid, float(router.capacity))
+        rate = jnp.maximum(quantile_rate, 1 / (state.updates.astype(jnp.float32) + 1))
+        # Scores are infinite under an infinite bias: there is nothing to learn from them.
+        known = jnp.any(routing.valid) & jnp.isfinite(target)
+        threshold = jnp.where(known, old + rate * (target - old), old)
+        bias = state.bias
+        if isinstance(router.select, TokenChoice):
+            load = jnp.sum(routing.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
+            moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(jnp.mean(load) - load)
+            bias = moved.astype(bias.dtype)
+        return RouterState(
+            bias,
+            threshold.astype(state.threshold.dtype),
+            state.updates + jnp.any(known).astype(state.updates.dtype),
+        )
+
+    states = iter(map_router_routings(updated, model, routings))
+    return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)

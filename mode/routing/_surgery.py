@@ -1,0 +1,100 @@
+"""All routers of a model at once: finding them, changing them, pairing them with their routings."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._dtypes import is_shaped
+from ._record import Routing
+from ._router import Router
+from ._router_state import RouterState
+
+
+Result = TypeVar("Result")
+
+
+def _is_router(node: PyTree) -> bool:
+    return isinstance(node, Router)
+
+
+def routers(model: PyTree) -> list[Router]:
+    """Lists every router in `model`, in the order in which their routings are returned.
+
+    Routers of layers that are scanned over are one router with stacked leaves.
+    """
+    return [node for node in jax.tree.leaves(model, is_leaf=_is_router) if _is_router(node)]
+
+
+def map_routers(function: Callable[[Router], Router], model: PyTree) -> PyTree:
+    """Applies `function` to each router and returns a copy of `model` with the results.
+
+    >>> import equinox as eqx, jax, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> random = lambda router: eqx.tree_at(lambda r: r.select, router, mode.RandomChoice())
+    >>> control = mode.map_routers(random, model)
+    """
+    return jax.tree.map(
+        lambda node: function(node) if _is_router(node) else node, model, is_leaf=_is_router
+    )
+
+
+def is_trainable(model: PyTree) -> PyTree[bool]:
+    """Makes a filter for `eqx.partition`: true for parameters, false for router state and the rest.
+
+    With `eqx.is_inexact_array` alone, weight decay would pull thresholds and biases to 0. The
+    filter of a model's shapes (`eqx.filter_eval_shape`) is the same.
+
+    >>> import equinox as eqx, jax, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> parameters, rest = eqx.partition(model, mode.is_trainable(model))
+    >>> assert mode.routers(parameters)[0].state.threshold is None
+    """
+
+    def decide(node: PyTree) -> PyTree[bool]:
+        if isinstance(node, RouterState):
+            return jax.tree.map(lambda _: False, node)
+        return is_shaped(node) and jnp.issubdtype(node.dtype, jnp.inexact)
+
+    return jax.tree.map(decide, model, is_leaf=lambda node: isinstance(node, RouterState))
+
+
+def map_router_routings(
+    function: Callable[[Router, Routing], Result], model: PyTree, routings: Sequence[Routing]
+) -> list[Result]:
+    """Applies `function(router, routing)` to every router of `model` and the routing it returned.
+
+    Where layers are stacked for a scan, `function` gets one layer at a time, and its results are
+    stacked again. `routings` is the tuple that the model's call returned, one routing per router.
+
+    **Raises:** `ValueError` if the routings cannot be those of the model's routers.
+    """
+    if not isinstance(routings, tuple | list):
+        raise ValueError(
+            "`routings` must be the tuple that the model's call returned, one routing per router, "
+            f"got a single {type(routings).__name__}. Pass `(routing,)`."
+        )
+    own = routers(model)
+    if len(own) != len(routings):
+        raise ValueError(
+            f"`routings` must hold one routing per router of `model`, {len(own)}, got "
+            f"{len(routings)}. Pass the tuple that the model's call returned."
+        )
+    results = []
+    for router, routing in zip(own, routings, strict=True):
+        layers = router.state.layers
+        expected = (layers, router.num_experts, router.state.bias.shape[-1])
+        got = (routing.index.shape[: len(layers)], routing.num_experts, routing.logits.shape[-1])
+        if expected != got:
+            raise ValueError(
+                "`routings` must be in the order of the routers of `model`: expected [*layers], "
+                f"experts and choices {expected}, got {got}."
+            )
+        call = function
+        for _ in layers:
+            call = eqx.filter_vmap(call)
+        results.append(call(router, routing))
+    return results

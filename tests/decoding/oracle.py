@@ -1,0 +1,281 @@
+"""A decoder in NumPy: one sequence, one token at a time, from the definitions.
+
+It reads the weights of a model and calls none of its code. Nothing in it handles two tokens at
+once: each block keeps a list of what it computed, and a new token looks at that list.
+"""
+
+from typing import NamedTuple, Protocol
+
+import equinox as eqx
+import jax
+import numpy as np
+
+import mode
+from tests import reference as ref
+from tests.helpers import (
+    f64,
+    oracle_experts,
+    oracle_function,
+    oracle_options,
+    oracle_projections,
+    oracle_router,
+)
+
+
+GATES: dict[type[mode.AbstractGate], ref.Gate] = {
+    mode.IdentityGate: "raw",
+    mode.SigmoidGate: "sigmoid",
+    mode.TanhGate: "tanh",
+    mode.SoftmaxGate: "softmax",
+    mode.SelectedSoftmaxGate: "selected_softmax",
+}
+
+
+class Decision(NamedTuple):
+    """What a router decided on one token: `logits` of choices, `selected`, `weight` of experts.
+
+    `margin` is how far the closest choice was from being another one.
+    """
+
+    logits: ref.Floats
+    selected: ref.Bools
+    weight: ref.Floats
+    requested: int
+    margin: float
+
+
+class Router:
+    """A router with slots for a sequence of `max_tokens`, filled first come, first served."""
+
+    def __init__(self, router: mode.Router, max_tokens: int) -> None:
+        capacity = router.select.max_capacity
+        self.slots = ref.token_capacity(
+            max_tokens, router.capacity if capacity is None else capacity
+        )
+        self.router = router
+        self.scorer = oracle_router(router)
+        self.used = np.zeros(router.num_experts, np.int64)
+        self.decisions: list[Decision | None] = []
+
+    def decide(self, x: ref.Floats) -> Decision:
+        """Routes the next token."""
+        gate = GATES[type(self.router.gate)]
+        logits = self.scorer @ x
+        scores = ref.selection_scores(logits[None], gate, f64(self.router.state.bias))[0]
+        requested, margin = self._requested(x, logits, scores)
+        selected = np.zeros(len(self.used), bool)
+        for choice in requested:
+            if choice < len(self.used) and self.used[choice] < self.slots:
+                selected[choice] = True
+                self.used[choice] += 1
+        index = np.where(selected, 0, 1)[:, None]  # of one token: 0 is the token, 1 is empty
+        scale = getattr(self.router.gate, "scale", 1.0)
+        weight = ref.combine_weights(logits[None], index, gate, scale)[:, 0]
+        decision = Decision(logits, selected, weight, len(requested), margin)
+        self.decisions.append(decision)
+        return decision
+
+    def _requested(
+        self, x: ref.Floats, logits: ref.Floats, scores: ref.Floats
+    ) -> tuple[list[int], float]:
+        """The choices that the token requests, and the margin of the closest."""
+        select, experts = self.router.select, len(self.used)
+        if isinstance(select, mode.TokenChoice):
+            ranked = sorted(range(len(scores)), key=lambda choice: (-scores[choice], choice))
+            best = [float(scores[choice]) for choice in ranked]
+            last = best[select.k - 1] - best[select.k] if select.k < len(best) else np.inf
+            return ranked[: select.k], last
+        if isinstance(select, mode.QuantileThreshold):
+            above = scores[:experts] - f64(self.router.state.threshold)
+        elif isinstance(select, mode.LogitThreshold):
+            above = logits[:experts]
+        else:
+            assert isinstance(select, mode.PredictorThreshold)
+            assert isinstance(self.router.predictor, mode.Predictor)
+            inner = x @ f64(self.router.predictor.up.weight)
+            above = (inner * ref.sigmoid(inner)) @ f64(self.router.predictor.down.weight)
+        return [e for e in range(experts) if above[e] > 0], float(np.abs(above).min())
+
+
+class Part(Protocol):
+    """A block or a layer: maps the next token's hidden state to its update or its hidden state."""
+
+    routers: list[Router]
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats: ...
+
+
+class Attention:
+    """The keys and values of every token so far, and softmax attention from the newest."""
+
+    def __init__(self, attention: mode.Attention) -> None:
+        self.attention = attention
+        self.projections = oracle_projections(attention)
+        self.past: list[tuple[ref.Floats, ref.Floats, int]] = []
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Attends from the next token to itself and to those before it."""
+        heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
+        q, k, v = (
+            (x @ weight).reshape(count, -1)
+            for weight, count in zip(self.projections, (heads, kv_heads, kv_heads), strict=True)
+        )
+        theta = self.attention.rope_theta
+        if theta is not None:
+            at = np.array([position])
+            q, k = ref.rope(q[None], at, theta)[0], ref.rope(k[None], at, theta)[0]
+        self.past.append((k, v, position))
+        options = oracle_options(self.attention.attend)
+        mixed = np.zeros_like(q)
+        for head in range(heads):
+            group = head * kv_heads // heads
+            weights = ref.softmax(
+                [
+                    ref.attention_score(q[head], k[group], position - at, head, heads, options)
+                    for k, _, at in self.past
+                ]
+            )
+            for weight, (_, v, _) in zip(weights, self.past, strict=True):
+                mixed[head] += weight * v[group]
+        return mixed.reshape(-1) @ f64(self.attention.out.weight)
+
+
+class FeedForward:
+    """A function of one token."""
+
+    def __init__(self, block: mode.PositionWise) -> None:
+        function = block.function
+        assert isinstance(function, mode.GELUFeedForward | mode.SwiGLUFeedForward)
+        self.function = oracle_function(function)
+        self.routers: list[Router] = []
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Maps the token."""
+        return self.function(x)
+
+
+class Experts:
+    """A sum over the experts that selected the token, and all shared ones."""
+
+    def __init__(self, block: mode.MixtureOfExperts, max_tokens: int) -> None:
+        self.router = Router(block.router, max_tokens)
+        self.routers = [self.router]
+        self.experts = oracle_experts(block.experts)
+        self.shared = [] if block.shared is None else oracle_experts(block.shared)
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Adds up what the token's experts return, by their weights."""
+        decision = self.router.decide(x)
+        update = np.zeros_like(x)
+        for expert in np.flatnonzero(decision.selected):
+            update += decision.weight[expert] * self.experts[expert](x)
+        return update + sum(shared(x) for shared in self.shared)
+
+
+class Block:
+    """Pre-norm attention and feed-forward as one update."""
+
+    def __init__(self, block: mode.TransformerBlock, max_tokens: int) -> None:
+        self.block = block
+        self.attention = Attention(block.attention)
+        self.feedforward = make_block(block.feedforward, max_tokens)
+        self.routers = self.feedforward.routers
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Returns attention plus feed-forward, without the residual."""
+        normed = ref.rms_norm(x[None], f64(self.block.attention_norm.weight))[0]
+        attended = self.attention.step(normed, position)
+        normed = ref.rms_norm((x + attended)[None], f64(self.block.feedforward_norm.weight))[0]
+        return attended + self.feedforward.step(normed, position)
+
+
+class Dense:
+    """x + f(x)."""
+
+    def __init__(self, layer: mode.Residual, max_tokens: int) -> None:
+        self.block = make_block(layer.block, max_tokens)
+        self.routers = self.block.routers
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Adds the block's update."""
+        return x + self.block.step(x, position)
+
+
+class Depths:
+    """x + r f(x) for a selected token, x for the others, which leave nothing behind."""
+
+    def __init__(self, layer: mode.MixtureOfDepths, max_tokens: int) -> None:
+        self.router = Router(layer.router, max_tokens)
+        self.block = make_block(layer.block, self.router.slots)
+        self.routers = [self.router, *self.block.routers]
+
+    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+        """Runs the block on a selected token, with the position that it had in the text."""
+        decision = self.router.decide(x)
+        if decision.selected[0]:
+            return x + decision.weight[0] * self.block.step(x, position)
+        for router in self.block.routers:
+            router.decisions.append(None)
+        return x
+
+
+class Decoder:
+    """A model and the text of one sequence so far, of at most `max_tokens` tokens."""
+
+    def __init__(self, model: mode.Transformer, max_tokens: int) -> None:
+        self.model = model
+        self.length = 0
+        # For each stack, the layers of each repeat of its period.
+        self.stacks = [
+            [[make_layer(layer, max_tokens) for layer in period] for period in periods(stack)]
+            for stack in model.stacks
+        ]
+
+    def step(self, token: int) -> ref.Floats:
+        """Appends a token and returns the logits of the next one, `[vocab]`."""
+        embedding = f64(self.model.embedding)
+        x = embedding[token] * np.sqrt(embedding.shape[1])
+        for stack in self.stacks:
+            for period in stack:
+                for layer in period:
+                    x = layer.step(x, self.length)
+        self.length += 1
+        normed = ref.rms_norm(x[None], f64(self.model.norm.weight))[0]
+        head = embedding.T if self.model.head is None else f64(self.model.head.weight)
+        return normed @ head
+
+    @property
+    def routers(self) -> list[list[Router]]:
+        """The routers in the order of the model's routings, each with its repeats."""
+        found: list[list[Router]] = []
+        for stack in self.stacks:
+            by_repeat = [[r for layer in period for r in layer.routers] for period in stack]
+            found.extend(list(repeats) for repeats in zip(*by_repeat, strict=True))
+        return found
+
+
+def periods(stack: mode.LayerStack) -> list[tuple[mode.Residual | mode.MixtureOfDepths, ...]]:
+    """The layers of each repeat, with the parameters that are their own."""
+    arrays, rest = eqx.partition(stack.layers, eqx.is_array)
+    return [
+        eqx.combine(jax.tree.map(lambda leaf, at=repeat: leaf[at], arrays), rest)
+        for repeat in range(stack.repeats)
+    ]
+
+
+def make_block(block: object, max_tokens: int) -> Part:
+    """The oracle of a block."""
+    if isinstance(block, mode.MixtureOfExperts):
+        return Experts(block, max_tokens)
+    if isinstance(block, mode.PositionWise):
+        return FeedForward(block)
+    assert isinstance(block, mode.TransformerBlock), block
+    return Block(block, max_tokens)
+
+
+def make_layer(layer: object, max_tokens: int) -> Part:
+    """The oracle of a layer."""
+    if isinstance(layer, mode.MixtureOfDepths):
+        return Depths(layer, max_tokens)
+    assert isinstance(layer, mode.Residual), layer
+    return Dense(layer, max_tokens)

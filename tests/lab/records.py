@@ -1,0 +1,58 @@
+"""Records of runs that never were, for what reads records."""
+
+from mode.lab.evidence.records import Mark, Run, RunRecord, SweepSettings
+from mode.lab.options import Recipe, Size
+
+
+REFERENCE = Size(dim=16, depth=2, heads=1, length=32, batch=2, experts=2, noop=1)
+SETTINGS = SweepSettings(
+    reference=REFERENCE,
+    rates=(0.01,),
+    search_budget=1e8,
+    held_out=8,
+    recipe=Recipe(),
+    corpus="text",
+)
+
+
+def made_up(
+    arm: str,
+    causal: float,
+    *,
+    size: Size = REFERENCE,
+    budget: float = 1e8,
+    seed: int = 0,
+    gap: float = 0.0,
+    parameters: int = 1000,
+    forward: float = 2000.0,
+    mark: Mark | None = None,
+    rate: float = 0.01,
+) -> RunRecord:
+    """Makes a record of a run that never was."""
+    run = Run(
+        arm=arm,
+        size=size,
+        recipe=Recipe(learning_rate=rate),
+        budget=budget,
+        seed=seed,
+        held_out=8,
+        corpus="text",
+    )
+    if mark is None:
+        top_k = causal - gap
+        mark = Mark(step=10, top_k=top_k, causal=causal, precision=0.9, recall=0.8, slots=0.125)
+    return RunRecord(
+        run=run,
+        parameters=parameters,
+        forward_flops=forward,
+        step_flops=10**7,
+        steps=10,
+        end=mark,
+        slots_top_k=0.125,
+        marks=(mark.model_copy(update={"step": 5}),),
+        losses=(3.0, 2.0),
+        seconds={"training": 1.0, "waiting": 0.1, "evaluating": 0.5},
+        step_seconds=0.1,
+        versions={"jax": "0"},
+        machine="none",
+    )

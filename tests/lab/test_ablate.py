@@ -1,0 +1,406 @@
+"""The ablation end to end, at a size that trains in seconds: equal FLOPs, resuming, reporting."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import mode
+from mode.lab import ablate, arms, budget, evaluate, folder, report, run, step as steps, train
+from mode.lab.__main__ import main
+from mode.lab.data import Batch, batches, held_out_batches, read_corpus
+from mode.lab.files import read_record
+from tests.lab.helpers import quiet, repeating_texts
+
+
+OPTIMISED = True
+
+
+SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
+FLAGS = [
+    *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
+    *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),
+    *("--held-out", "4", "--budget", "0.043"),
+]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        line = f"line {number} of a text that repeats itself\n"
+        (folder / f"{number}.txt").write_text(line * 30)
+    return str(folder / "*.txt")
+
+
+@contextlib.contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, which does not outlive the test."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mode.lab", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_steps_make_training_flops_equal() -> None:
+    flops = budget.training_budget(0.5, SIZE)
+    for arm in arms.ARMS:
+        per_step = budget.flops_per_step(arm, SIZE)
+        steps = budget.steps_for(arm, flops, per_step)
+        assert abs(steps * per_step - flops) <= per_step
+    dense, mod = (budget.forward_flops_per_token(arm, arms.Size()) for arm in arms.ARMS[:2])
+    assert mod < 0.7 * dense
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_budget_is_refused(value: float, tmp_path: Path) -> None:
+    ablation = ablate.Ablation(tmp_path / "out", budget=value)
+    with pytest.raises(ValueError, match=rf"`budget` must be (above 0|finite), got {value}"):
+        ablate.run_ablation(ablation, quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_below_two_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`budget` must pay for at least 2 steps.*0\.40 steps"):
+        budget.steps_for(arms.ARMS[0], 40.0, 100)
+
+
+def test_an_unknown_arm_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`arms` must be one or more of dense.*got nonsense"):
+        arms.arms_named(["dense", "nonsense"])
+
+
+def test_the_arm_of_most_routers_is_causal_under_its_rule() -> None:
+    arm = arms.arm_named("mode-staged")
+    causal = arm.causal(arm.build(SIZE, key=jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 48), 0, 257)
+    mode.testing.assert_causal(causal, tokens)
+
+
+def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(texts: str) -> None:
+    arm = arms.arm_named("mod")
+    documents = read_corpus(texts, length=SIZE.length).train
+    seen: list[int] = []
+    trained = train.train(
+        arm,
+        SIZE,
+        steps.Recipe(),
+        documents,
+        steps=12,
+        seed=0,
+        watch=lambda step, loss: seen.append(step),
+    )
+    router = mode.routers(trained.model)[0]
+    assert isinstance(router.select, mode.ExpertChoice)
+    assert np.all(np.asarray(router.state.updates) == 12)
+    assert np.all(np.asarray(router.state.threshold) != 0)
+    assert len(trained.losses) == 12
+    assert seen[-1] == 12
+    assert trained.losses[-1] < trained.losses[0]
+
+
+def trained_with(texts: str, *, length: int = 12, **recipe: Any) -> train.Trained:
+    return train.train(
+        arms.arm_named("mod"),
+        SIZE,
+        steps.Recipe(**recipe),
+        read_corpus(texts, length=SIZE.length).train,
+        steps=length,
+        seed=0,
+        watch=lambda step, loss: None,
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(texts: str) -> None:
+    """At the step itself, with what the routers did; the parameters are those before it."""
+    words = r"of arm 'mod' is not finite at step \d+ \(router 1: largest logit .* slots per token"
+    with pytest.raises(FloatingPointError, match=words):
+        trained_with(texts, learning_rate=math.inf)
+
+
+@pytest.fixture
+def fresh_programs() -> Iterator[Callable[[], None]]:
+    """Steps compiled before know nothing of what a test puts in place of their parts."""
+    steps._jitted.cache_clear()
+    yield steps._jitted.cache_clear
+    steps._jitted.cache_clear()
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(
+    texts: str, monkeypatch: pytest.MonkeyPatch, fresh_programs: Callable[[], None]
+) -> None:
+    """It changes nothing and is reported; many in a row stop the run all the same."""
+    whole = steps.loss_and_gradient
+
+    def now_and_then(
+        arm: arms.Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+    ) -> Any:
+        loss, routings, gradient = whole(arm, model, batch, key)
+        # Of the state, so that one program serves all steps.
+        bad = mode.routers(model)[0].state.updates.reshape(-1)[0] == bad_after
+        return jax.numpy.where(bad, math.nan, loss), routings, gradient
+
+    monkeypatch.setattr(steps, "loss_and_gradient", now_and_then)
+    bad_after = -1
+    assert all(map(math.isfinite, trained_with(texts, on_nonfinite="skip").losses))
+    fresh_programs()
+    bad_after = 3  # after three good steps none is good: the router state stays as it is
+    with (
+        warnings.catch_warnings(record=True, action="always") as caught,
+        pytest.raises(FloatingPointError, match=r"is not finite at step 13"),
+    ):
+        trained_with(texts, length=20, on_nonfinite="skip")
+    assert len(caught) == 9
+    assert "the loss (nan) of arm 'mod' is not finite at step 4, which is skipped" in str(
+        caught[0].message
+    )
+
+
+def test_skipped_steps_are_counted_over_resumes(
+    texts: str, monkeypatch: pytest.MonkeyPatch, fresh_programs: Callable[[], None], tmp_path: Path
+) -> None:
+    """A run that stops itself stops at the same step again, however often it goes on."""
+    whole = steps.loss_and_gradient
+
+    def bad(arm: arms.Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray) -> Any:
+        loss, routings, gradient = whole(arm, model, batch, key)
+        return loss + math.nan, routings, gradient
+
+    monkeypatch.setattr(steps, "loss_and_gradient", bad)
+    recipe = steps.Recipe(on_nonfinite="skip")
+    training = run.Training(
+        tmp_path, "dense", 30, texts, held_out=4, save_every=4, size=SIZE, recipe=recipe
+    )
+    for _ in range(3):
+        with (
+            pytest.warns(UserWarning, match="which is skipped"),
+            pytest.raises(FloatingPointError, match=r"at step 10\b.* checkpoint is of step 8"),
+        ):
+            run.run_training(training, quiet())
+
+
+@pytest.mark.parametrize(("length", "warmup"), [(2, 0.05), (10, 0.05), (300, 0.05), (40, 0.5)])
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(length: int, warmup: float) -> None:
+    rates = steps.learning_rates(steps.Recipe(learning_rate=0.02, warmup=warmup), length)
+    done, rises = np.arange(length), min(length - 1, max(1, round(warmup * length)))
+    cosine = 0.5 * (1 + np.cos(np.pi * np.clip((done - rises) / (length - rises), 0, 1)))
+    expected = 0.02 * np.minimum(done / rises, 0.05 + 0.95 * cosine)
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_runs_of_other_lengths_and_rates_share_a_program(texts: str) -> None:
+    arm = arms.arm_named("dense")
+    one = steps.make_step(arm, steps.Recipe(learning_rate=0.1, warmup=0.2))
+    assert one is steps.make_step(arm, steps.Recipe())
+    assert one is not steps.make_step(arm, steps.Recipe(clip=0.5))
+    documents = read_corpus(texts, length=SIZE.length).train
+    sample = next(batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0))
+    models = []
+    for rate in np.array([0.01, 0.1], np.float32):
+        state = steps.begin(arm, SIZE, steps.Recipe(), seed=0)
+        models.append(one((sample, rate), state)[0].model)
+    assert one._cached._cache_size() == 1  # pyright: ignore
+    assert not np.array_equal(models[0].embedding, models[1].embedding)
+
+
+def test_one_program_serves_a_phase(texts: str) -> None:
+    arm = arms.arm_named("mod")
+    documents = read_corpus(texts, length=SIZE.length).train
+    recipe = steps.Recipe()
+    state = steps.begin(arm, SIZE, recipe, seed=0)
+    traces = []
+
+    def auxiliary(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
+        traces.append(1)
+        return jax.numpy.zeros(())
+
+    step = steps.make_step(dataclasses.replace(arm, auxiliary=auxiliary), recipe)
+    stream = batches(documents, length=SIZE.length, batch=SIZE.batch, seed=0)
+    for rate in steps.learning_rates(recipe, 3):
+        state, _ = step((next(stream), rate), state)
+    assert len(traces) == 1
+
+
+def test_weights_of_another_document_do_not_count(texts: str) -> None:
+    documents = read_corpus(texts, length=SIZE.length).train
+    batch = Batch.of(next(batches(documents, length=SIZE.length, batch=2, seed=0)))
+    model = arms.ARMS[0].build(SIZE, key=jax.random.key(0))
+    loss, _ = steps.next_byte_loss(model, batch, jax.random.key(0))
+    targets = jax.numpy.where(batch.weights > 0, batch.targets, 7)
+    other = eqx.tree_at(lambda b: b.targets, batch, targets)
+    assert loss == steps.next_byte_loss(model, other, jax.random.key(0))[0]
+
+
+def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(
+    texts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = ["ablate", "--out", str(out), "--data", texts, *FLAGS]
+    command += ["--arms", "dense", "mod"]
+    record = out / "arms" / "dense" / "result.json"
+    with running(*command) as first:
+        while not record.exists():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert not (out / "arms" / "mod" / "result.json").exists(), "killed too late"
+    kept = record.stat().st_mtime_ns, record.read_bytes()
+    # What a kill in the middle of a write leaves behind.
+    (out / "arms" / "mod").mkdir(exist_ok=True)
+    stale = out / "arms" / "mod" / f".result.json.{socket.gethostname()}-{first.pid}.part"
+    stale.write_text('{"name": "mo')
+
+    with running(*command) as second:
+        printed, errors = second.communicate()
+    assert second.returncode == 0, errors
+    assert "dense: finished before, kept." in printed
+    assert kept == (record.stat().st_mtime_ns, record.read_bytes())
+    assert not stale.exists()
+    results = read_record(out / "results.json", report.Results)
+    assert [result.arm.name for result in results.arms] == ["dense", "mod"]
+    for result in results.arms:
+        assert len(result.losses) == result.settings.options.steps
+    _check_report(out, results)
+    _check_saved_models(out, results, texts)
+
+
+def _check_report(out: Path, results: report.Results) -> None:
+    text = (out / "report.md").read_text()
+    costs = []
+    for result in results.arms:
+        assert f"**{result.arm.name}**" in text
+        assert f"{result.evaluation.bits_causal:.3f}" in text
+        costs.append(budget.flops_per_step(result.arm, SIZE))
+    for words in ("One seed", "Toy scale", "looks at the future", "mode-lab ablate", "- jax "):
+        assert words in text
+    for name in ("curves.png", "routing.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    lengths = [result.settings.options.steps for result in results.arms]
+    spent = [length * cost for length, cost in zip(lengths, costs, strict=True)]
+    assert max(spent) - min(spent) <= max(costs)
+
+
+def _check_saved_models(out: Path, results: report.Results, texts: str) -> None:
+    dense, mod = results.arms
+    corpus = read_corpus(texts, length=SIZE.length)
+    held_out = held_out_batches(corpus.held_out, length=SIZE.length, batch=SIZE.batch, sequences=4)
+    model = run.load_run(out / "arms" / "dense", quiet()).model
+    again = evaluate.evaluate(dense.arm, model, held_out, key=jax.random.key(0))
+    assert again.bits_causal == pytest.approx(dense.evaluation.bits_causal, rel=1e-5)
+    model = run.load_run(out / "arms" / "mod", quiet()).model
+    updates = mode.routers(model)[0].state.updates
+    assert np.all(np.asarray(updates) == mod.settings.options.steps)
+    snippet = mod.evaluation.snippet
+    assert snippet is not None
+    assert np.shape(snippet.top_k) == np.shape(snippet.causal) == (1, len(snippet.tokens))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """An ablation of one arm, and its command."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "texts").mkdir()
+    glob = repeating_texts(folder / "texts")
+    command = ["ablate", "--out", str(folder / "run"), "--data", glob, "--arms", "mod", *FLAGS]
+    assert main(command) == 0
+    return folder / "run", command
+
+
+def test_reporting_again_needs_no_training_and_another_configuration_is_refused(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, command = finished
+    (out / "report.md").unlink()
+    before = (out / "results.json").read_text()
+    assert main(["report", "--out", str(out)]) == 0
+    assert (out / "results.json").read_text() == before
+    assert "--size.dim 8" in (out / "report.md").read_text()
+    capsys.readouterr()
+
+    assert main([*command, "--seed", "7"]) == 2
+    message = capsys.readouterr().err
+    assert "seed: 0 there, 7 now" in message
+    assert "size.dim" not in message
+    assert main(["report", "--out", str(tmp_path / "nowhere")]) == 2
+    assert "the folder of a run was expected, got" in capsys.readouterr().err
+    assert main(["ablate", "--data", str(tmp_path / "no*"), "--out", str(tmp_path / "new")]) == 2
+    assert "`data` must match at least one file" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("harm", [b"", b"[]", b"null", b"{}", b'{"format": 3}', b"\xff", b"{"])
+def test_a_damaged_file_is_named(
+    finished: tuple[Path, list[str]], harm: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    for path in (out / "config.json", out / "arms" / "mod" / "result.json"):
+        whole = path.read_bytes()
+        path.write_bytes(harm)
+        assert main(["report", "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"mode-lab: {path}: it is ")
+        assert message.count("\n") == 1
+        path.write_bytes(whole)
+
+
+def test_a_changed_number_is_seen(
+    finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    path = out / "arms" / "mod" / "result.json"
+    whole = path.read_text()
+    record = json.loads(whole)
+    record["content"]["evaluation"]["bits_causal"] = 0.123
+    path.write_text(json.dumps(record))
+    assert main(["report", "--out", str(out)]) == 2
+    assert f"{path}: its content was changed" in capsys.readouterr().err
+    path.write_text(whole)
+
+
+def test_a_changed_corpus_is_another_configuration(tmp_path: Path) -> None:
+    settings = ablate.AblationSettings(options=ablate.Ablation(), corpus="a")
+    folder.claim(tmp_path / "run", settings)
+    folder.claim(tmp_path / "run", settings)
+    with pytest.raises(ValueError, match="corpus: a there, b now"):
+        folder.claim(tmp_path / "run", settings.model_copy(update={"corpus": "b"}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder"):
+        folder.claim(tmp_path / "file", settings)
+
+
+def test_no_finished_arm_is_no_report(tmp_path: Path) -> None:
+    folder.claim(tmp_path, ablate.AblationSettings(options=ablate.Ablation(), corpus="a"))
+    with pytest.raises(ValueError, match="at least one finished arm"):
+        ablate.report(tmp_path, quiet())
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mode.lab.__main__.find_spec", lambda name: None)
+    assert main([]) == 2
+    assert 'pip install ".[lab]"' in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""The isoFLOP laboratory: records, presets, and sweeps that train."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mode.lab.data import read_corpus
+from mode.lab.evidence import sweep as sweeping
+from mode.lab.evidence.claims import CLAIMS
+from mode.lab.evidence.commands import Claims, Isoflop, run_claims, run_isoflop
+from mode.lab.evidence.perform import perform
+from mode.lab.evidence.presets import PRESETS, SWEEP_ARMS, Grid, Preset, sizes_like, sweep_arms
+from mode.lab.evidence.records import Run, RunRecord, Store
+from mode.lab.evidence.report import report_sweep
+from mode.lab.evidence.sweep import list_runs, list_search, step_count, with_rates
+from mode.lab.files import DamagedFile, lock
+from mode.lab.folder import claim
+from mode.lab.options import Recipe
+from mode.lab.step import make_step
+from tests.lab.helpers import quiet, repeating_texts, said
+from tests.lab.records import REFERENCE, SETTINGS, made_up
+
+
+# Records.
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = made_up("mod", 2.0)
+    assert not store.is_finished(record.run)
+    store.add(record)
+    assert store.is_finished(record.run)
+    assert store.all(SETTINGS) == [record] == [store.get(record.run)]
+    failed = made_up("dense", 1.0).run
+    store.fail(failed, "the loss is not finite")
+    assert store.is_finished(failed)
+    assert store.get(failed) is None
+    assert store.failures() == {failed.name: "the loss is not finite"}
+
+
+def test_names_differ_for_every_configuration() -> None:
+    run = made_up("mod", 2.0).run
+    others: list[dict[str, object]] = [
+        {"seed": 1},
+        {"budget": 1.001e8},
+        {"corpus": "other"},
+        {"held_out": 9},
+        {"recipe": Recipe(clip=0.5)},
+        {"size": dataclasses.replace(REFERENCE, capacity=0.25)},
+    ]
+    runs = [run, *(run.model_copy(update=update) for update in others)]
+    assert len({run.name for run in runs}) == 7
+    assert len({run.group for run in runs}) == 2  # the size alone needs other programs
+
+
+def test_what_a_store_refuses(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    record = made_up("mod", 2.0)
+    store.add(record)
+    path = store.path(record.run)
+    content = path.read_text()
+    path.write_text(content[: len(content) // 2])
+    with pytest.raises(DamagedFile, match="the same command trains the run again"):
+        store.all(SETTINGS)
+    path.write_text(content)
+    for other in ({"corpus": "other"}, {"held_out": 9}, {"recipe": Recipe(clip=0.5)}):
+        with pytest.raises(ValueError, match=r"runs of one corpus, recipe and number of held-out"):
+            store.all(SETTINGS.model_copy(update=other))
+    assert store.all(SETTINGS.model_copy(update={"recipe": Recipe(learning_rate=0.5)})) == [record]
+    (path.parent / "copy.json").write_text(content)
+    with pytest.raises(ValueError, match=r"each named after its run, got .*copy.json"):
+        store.all(SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder"):
+        Store(tmp_path / "file")
+
+
+# Presets and runs.
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_pay_for_their_runs(name: str) -> None:
+    preset = PRESETS[name]
+    settings = preset.settings(Recipe(), "text")
+    runs = list_runs(preset.grids, settings)
+    search = list_search(runs, settings)
+    names = [run.name for run in (*runs, *search)]
+    assert len(names) == len(set(names))
+    smallest = min(runs, key=lambda run: (run.budget, -run.size.dim))
+    assert step_count(preset.arms[smallest.arm], smallest) >= 2
+    tokens = {size.length * size.batch for grid in preset.grids for size in grid.sizes}
+    assert len(tokens) == 1, "as many tokens in every step"
+
+
+def test_arms_differ_from_one_another() -> None:
+    names = [arm.name for arm in SWEEP_ARMS]
+    assert len(names) == len(set(names))
+    after, every = sweep_arms("mod-after", "mod-every")
+    assert (after.under_rule, every.every) == (0.0, 1)
+
+
+def test_every_arm_is_trained_at_the_rate_that_was_best_for_the_dense_one(tmp_path: Path) -> None:
+    sizes = sizes_like(REFERENCE, "8x2", "16x2")
+    grid = Grid(sweep_arms("dense", "mod"), sizes, (1e8, 2e8), 2)
+    preset = Preset("", REFERENCE, (grid, grid), rates=(0.01, 0.02, 0.04), held_out=8)
+    settings = preset.settings(Recipe(weight_decay=0.1), "text")
+    runs, store = list_runs(preset.grids, settings), Store(tmp_path)
+    search = list_search(runs, settings)
+    assert (len(runs), len(search)) == (16, 6)
+    assert with_rates(runs, search, settings, store) == []
+    best = {8: 0.02, 16: 0.04}
+    for run in search:
+        assert (run.arm, run.seed, run.budget) == ("dense", 1000, 1e8)
+        rate = run.recipe.learning_rate
+        loss = 2.0 if rate == best[run.size.dim] else 3.0
+        if rate == 0.01:
+            store.fail(run, "not finite")
+        else:
+            store.add(made_up("dense", loss).model_copy(update={"run": run}))
+    for run in with_rates(runs, search, settings, store):
+        assert run.recipe == Recipe(learning_rate=best[run.size.dim], weight_decay=0.1)
+
+
+def test_a_size_that_trains_at_no_rate_is_named(tmp_path: Path) -> None:
+    grids = (Grid(sweep_arms("dense"), (REFERENCE,), (1e8,), 1),)
+    settings = Preset("", REFERENCE, grids, (0.5, 1.0)).settings(Recipe(), "text")
+    runs, store = list_runs(grids, settings), Store(tmp_path)
+    search = list_search(runs, settings)
+    for run in search:
+        store.fail(run, "not finite")
+    with pytest.raises(ValueError, match=r"`rates` must hold one at which the dense arm of 16x2"):
+        with_rates(runs, search, settings, store)
+
+
+# Runs that train.
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return repeating_texts(tmp_path_factory.mktemp("texts"))
+
+
+def isoflop(out: Path, texts: str, **changes: Any) -> Isoflop:
+    options: dict[str, Any] = {
+        "arms": ("dense",),
+        "sizes": ("8x2", "16x2", "24x2"),
+        "budgets": (2e8,),
+        "seeds": 1,
+        "rates": (0.01,),
+        "held_out": 4,
+        "base": REFERENCE,
+    }
+    return Isoflop(out=out, data=texts, **{**options, **changes})
+
+
+def kill_after_the_first_run(out: Path, texts: str) -> None:
+    """Starts the same sweep in a process of its own, and kills it when it has a record."""
+    code = (
+        "from pathlib import Path; from tests.test_lab_evidence import isoflop, quiet, run_isoflop;"
+        f"run_isoflop(isoflop(Path({str(out)!r}), {texts!r}), quiet())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    try:
+        while not list((out / "records").glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_sweep_from_its_first_run_to_the_verdicts(tmp_path: Path, texts: str) -> None:
+    """Killed, continued, repeated, reported: one test, as every size takes long to compile."""
+    out = tmp_path / "out"
+    kill_after_the_first_run(out, texts)
+    store = Store(out)
+    grid = Grid(sweep_arms("dense"), (REFERENCE,), (2e8,))
+    corpus = read_corpus(texts, length=32).fingerprint
+    settings = Preset("", REFERENCE, (grid,), (0.01,), 4).settings(Recipe(), corpus)
+    kept = store.all(settings)
+    assert 1 <= len(kept) < 3
+    run_isoflop(isoflop(out, texts), quiet())
+    records = store.all(settings)
+    assert len(records) == 3
+    assert all(record in records for record in kept)
+    for record in records:
+        assert abs(record.steps * record.step_flops - 2e8) <= record.step_flops / 2
+        assert record.end.step == record.steps
+        assert 5 <= len(record.marks) <= 8
+        assert record.seconds["waiting"] < record.seconds["training"]
+        assert len(record.losses) == min(100, record.steps)
+    report = (out / "report.md").read_text()
+    assert "| dense | 3 x 1" in " ".join(report.split())
+    assert (out / "isoflop.png").read_bytes().startswith(b"\x89PNG")
+    # A run that is missing is run again, with the same result, and no other is.
+    before = next(record for record in records if record not in kept)
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "records").iterdir()}
+    store.path(before.run).unlink()
+    console = quiet()
+    run_isoflop(isoflop(out, texts), console)
+    assert "3 runs, 2 of them finished before" in said(console)
+    after = store.get(before.run)
+    assert after is not None
+    assert (after.end, after.marks, after.losses) == (before.end, before.marks, before.losses)
+    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == 1
+    # The claims, and the report alone.
+    console = quiet()
+    run_claims(Claims(out), console)
+    assert "not run" in said(console)
+    results = json.loads((out / "claims.json").read_text())
+    assert [result["verdict"] for result in results] == ["not run"] * len(CLAIMS)
+    assert "no such runs" in (out / "claims.md").read_text()
+    (out / "report.md").unlink()
+    report_sweep(out, quiet())
+    assert "| dense | 3 x 1" in " ".join((out / "report.md").read_text().split())
+    with pytest.raises(ValueError, match=r"same configuration, got .*\n.*held_out: 4 there, 8 "):
+        run_isoflop(isoflop(out, texts, held_out=8), quiet())
+    # A record of another text.
+    store.add(made_up("mod", 2.0))
+    with pytest.raises(ValueError, match=r"runs of one corpus"):
+        run_claims(Claims(out), quiet())
+
+
+def test_runs_of_one_shape_are_compiled_once(texts: str) -> None:
+    corpus = read_corpus(texts, length=32)
+    size = dataclasses.replace(REFERENCE, dim=12)
+    for arm, programs in zip(sweep_arms("dense", "mod"), (1, 2), strict=True):
+        step = make_step(arm, Recipe())  # of mod one for top-k, and one for the causal rule
+        before = step._cached._cache_size()  # pyright: ignore
+        for budget, seed, rate in ((2e7, 0, 0.01), (4e7, 1, 0.03)):
+            run = made_up(arm.name, 0.0, size=size, budget=budget, seed=seed, rate=rate).run
+            perform(run, arm, step_count(arm, run), corpus, lambda step, loss: None)
+        assert step._cached._cache_size() - before == programs  # pyright: ignore
+
+
+def test_a_group_that_another_process_trains_is_left_to_it(
+    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    trained: list[str] = []
+
+    def record_name(run: Run, *_: object) -> RunRecord:
+        trained.append(run.arm)
+        return made_up(run.arm, 2.0).model_copy(update={"run": run})
+
+    monkeypatch.setattr(sweeping, "perform", record_name)
+    options = isoflop(out, texts, arms=("dense", "mod"), sizes=("8x2",))
+    preset = options.chosen()
+    settings = preset.settings(Recipe(), read_corpus(texts, length=32).fingerprint)
+    dense, mod = list_runs(preset.grids, settings)
+    claim(out, settings)
+    (out / "locks").mkdir()
+
+    def finish_mod(seconds: float) -> None:
+        Store(out).add(made_up("mod", 2.0).model_copy(update={"run": mod}))
+
+    monkeypatch.setattr(sweeping.time, "sleep", finish_mod)
+    with lock(out / "locks" / f"{mod.group}.lock") as is_mine:
+        assert is_mine
+        run_isoflop(options, quiet())
+    assert trained == ["dense"]
+    assert len(Store(out).all(settings)) == 2
+    assert dense.group != mod.group
+
+
+def test_no_run_starts_when_time_is_up(tmp_path: Path, texts: str) -> None:
+    out = tmp_path / "out"
+    console = quiet()
+    run_isoflop(isoflop(out, texts, minutes=1e-9), console)
+    assert not (out / "records").exists()
+    assert "0 runs: see" in said(console)
+    with pytest.raises(ValueError, match="`out` must hold at least one finished run"):
+        run_claims(Claims(out), quiet())
+
+
+def test_a_run_that_diverges_is_not_started_again(
+    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: object) -> RunRecord:
+        raise FloatingPointError("the loss is not finite at step 3")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(sweeping, "perform", diverge)
+    options = {"arms": ("dense",), "sizes": ("8x2",)}
+    run_isoflop(isoflop(out, texts, **options), quiet())
+    monkeypatch.undo()
+    run_isoflop(isoflop(out, texts, **options), quiet())
+    assert not (out / "records").exists()
+    assert "not finite at step 3" in (out / "report.md").read_text()
+
+
+def test_what_a_sweep_refuses(tmp_path: Path, texts: str) -> None:
+    def refusal(**changes: Any) -> str:
+        with pytest.raises(ValueError, match="must") as caught:
+            run_isoflop(isoflop(tmp_path / "new", texts, **changes), quiet())
+        assert not (tmp_path / "new").exists()
+        return str(caught.value)
+
+    assert "`arms` must be of dense, mod" in refusal(arms=("best",))
+    assert "`arms` must be one or more, each once, got ('mod', 'mod')" in refusal(
+        arms=("mod", "mod")
+    )
+    assert "`sizes` must be one or more, each once, got ()" in refusal(sizes=())
+    assert "`sizes` must be features and layers, such as 48x6, got '8'" in refusal(sizes=("8",))
+    assert "`budgets.0` must be above 0, got -1" in refusal(budgets=(-1.0,))
+    assert "`budget` must pay for at least 2 steps" in refusal(budgets=(1e5,))
+    assert "`seeds` must be at least 1, got 0" in refusal(seeds=0)
+    assert "`rates` must be one or more" in refusal(rates=())
+    assert "`minutes` must be above 0, got 0" in refusal(minutes=0.0)
+    none = {"arms": (), "sizes": (), "budgets": ()}
+    assert "`preset` must be one of cpu-hour" in refusal(**none, preset="none")
+    with pytest.raises(ValueError, match=r"`mode-lab ablate`, `train` and `isoflop` make one"):
+        run_claims(Claims(tmp_path / "nowhere"), quiet())

@@ -1,0 +1,358 @@
+"""`mode-lab train` and `generate`: runs that survive, and text from what they leave behind."""
+
+import dataclasses
+import io
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mode
+from mode.lab import checkpoint, generate, run
+from mode.lab.__main__ import main
+from mode.lab.files import DamagedFile, read_record
+from mode.lab.folder import read_settings
+from mode.lab.options import Recipe, Size
+from tests.lab.helpers import quiet, repeating_texts, said
+
+
+OPTIMISED = True
+
+SIZE = Size(dim=8, depth=2, heads=1, length=64, batch=2, experts=2, noop=1)
+STEPS = 25
+FLAGS = [
+    *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "64"),
+    *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1", "--steps", str(STEPS)),
+    *("--held-out", "4", "--save-every", "7"),
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return repeating_texts(tmp_path_factory.mktemp("texts"))
+
+
+def training(out: Path, texts: str, arm: str = "mod", steps: int = STEPS) -> run.Training:
+    return run.Training(
+        out, arm, steps, texts, held_out=4, save_every=7, size=SIZE, recipe=Recipe()
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, texts: str) -> Path:
+    """A run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run.run_training(training(out, texts), quiet())
+    return out
+
+
+def losses(out: Path) -> tuple[float, ...]:
+    return read_record(out / "result.json", run.TrainResult).losses
+
+
+def saved(out: Path) -> mode.Transformer:
+    """The newest model of a run."""
+    loaded = run.load_run(out, quiet())
+    assert loaded.steps == STEPS
+    return loaded.model
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: str) -> None:
+    """Killed under top-k and in the last fifth, which trains under the rule."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mode.lab", "train", "--out", str(out), "--data", texts]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for after in (7, 21):
+        process = subprocess.Popen(
+            [*command, *FLAGS],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **cache},
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (out / "checkpoints" / f"{after}.json").exists():
+                assert process.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGKILL)
+        finally:
+            process.kill()
+            process.wait()
+    console = quiet()
+    run.run_training(training(out, texts), console)
+    assert "goes on from step" in said(console)
+    assert losses(out) == losses(whole)
+    for one, other in zip(jax.tree.leaves(saved(out)), jax.tree.leaves(saved(whole)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_bfloat16_keeps_its_weights_in_float32(tmp_path: Path, texts: str) -> None:
+    """Activations alone are narrow; what is saved, and what the optimizer holds, is not."""
+    size = dataclasses.replace(SIZE, dtype="bfloat16")
+    narrow = dataclasses.replace(training(tmp_path / "run", texts, steps=2), size=size)
+    run.run_training(narrow, quiet())
+    assert all(map(math.isfinite, losses(tmp_path / "run")))
+    model = run.load_run(tmp_path / "run", quiet()).model
+    assert model.dtype == jnp.bfloat16
+    leaves = [leaf for leaf in jax.tree.leaves(model) if hasattr(leaf, "dtype")]
+    assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_finished_run_is_not_trained_again(whole: Path, texts: str) -> None:
+    before = losses(whole)
+    console = quiet()
+    run.run_training(training(whole, texts), console)
+    assert f"goes on from step {STEPS}" in said(console)
+    assert losses(whole) == before
+
+
+def test_only_the_newest_checkpoints_are_kept(whole: Path) -> None:
+    steps = checkpoint.Checkpoints(whole / "checkpoints", 3).steps
+    assert steps == [14, 21, 25]
+
+
+def test_a_run_of_another_configuration_is_refused(whole: Path, texts: str) -> None:
+    with pytest.raises(ValueError, match=r"same configuration.*\n.*arm: mod there, dense now"):
+        run.run_training(training(whole, texts, arm="dense"), quiet())
+
+
+@pytest.fixture(scope="module")
+def settings(whole: Path) -> checkpoint.TrainSettings:
+    return read_settings(whole, checkpoint.TrainSettings)
+
+
+TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(3) > 1, "name": "not an array"}
+
+
+def fill_store(
+    folder: Path, settings: checkpoint.TrainSettings, steps: tuple[int, ...] = (1, 2)
+) -> checkpoint.Checkpoints:
+    checkpoints = checkpoint.Checkpoints(folder, keep=3)
+    for step in steps:
+        tree = {**TREE, "a": jnp.arange(6.0).reshape(2, 3) + step}
+        notes = checkpoint.Notes(settings=settings, stream={"at": step}, losses=(1.0, math.nan))
+        checkpoints.save(step, tree, notes)
+    return checkpoints
+
+
+def test_a_checkpoint_holds_what_was_saved(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    like = {**TREE, "a": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    restored = fill_store(tmp_path, settings).newest(like, pytest.fail)
+    assert restored is not None
+    step, tree, notes = restored
+    assert (step, notes.stream, notes.settings) == (2, {"at": 2}, settings)
+    assert notes.losses[0] == 1
+    assert math.isnan(notes.losses[1])
+    assert (tree["a"] == jnp.arange(6.0).reshape(2, 3) + 2).all()
+    assert (tree["b"] == TREE["b"]).all()
+    assert tree["name"] == TREE["name"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "turned"])
+@pytest.mark.parametrize("suffix", ["npz", "json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, settings: checkpoint.TrainSettings, harm: str, suffix: str
+) -> None:
+    """Either file of it, cut off or with one bit turned."""
+    checkpoints = fill_store(tmp_path, settings)
+    path = tmp_path / f"2.{suffix}"
+    content = bytearray(path.read_bytes())
+    if harm == "turned":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content if harm == "turned" else content[: len(content) // 2])
+    if harm == "emptied":
+        path.write_bytes(b"")
+    warnings: list[str] = []
+    restored = checkpoints.newest(TREE, warnings.append)
+    assert restored is not None
+    assert restored[0] == 1
+    assert (restored[1]["a"] == jnp.arange(6.0).reshape(2, 3) + 1).all()
+    assert len(warnings) == 1
+    assert f"a checkpoint is not used: {path}: " in warnings[0]
+    # A run that goes on from there leaves nothing of the damaged one.
+    fill_store(tmp_path, settings, steps=(2,))
+    assert checkpoints.steps == [1, 2]
+    assert checkpoints.newest(TREE, pytest.fail) is not None
+
+
+def test_a_damaged_checkpoint_goes_with_the_next_save(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    checkpoints = fill_store(tmp_path, settings, steps=(1, 9))
+    (tmp_path / "9.npz").write_bytes(b"")
+    fill_store(tmp_path, settings, steps=(5,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("1.json", "1.npz", "5.json", "5.npz")
+    ]
+    assert checkpoints.steps == [1, 5]
+
+
+def test_without_a_sound_checkpoint_nothing_begins_anew(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    checkpoints = fill_store(tmp_path, settings, steps=(1,))
+    (tmp_path / "1.npz").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(DamagedFile, match=r"no checkpoint is sound \(1.npz: it is cut"):
+            checkpoints.newest(TREE, lambda text: None)
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    """At its very end, when all but the record is written."""
+    checkpoints = fill_store(tmp_path, settings, steps=(1,))
+    (tmp_path / "1.json").unlink()
+    assert checkpoints.newest(TREE, pytest.fail) is None
+    fill_store(tmp_path, settings, steps=(1,))
+    assert checkpoints.newest(TREE, pytest.fail) is not None
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    """No file may grow beyond some kilobytes while the second checkpoint is saved."""
+    checkpoints = fill_store(tmp_path, settings, steps=(1,))
+    large = {**TREE, "c": jax.random.normal(jax.random.key(0), (1 << 16,))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"step 2 could not be saved.*2.npz.*The one of step 1 is whole"
+        ):
+            checkpoints.save(2, large, checkpoint.Notes(settings=settings, stream={}, losses=()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    restored = checkpoint.Checkpoints(tmp_path, keep=3).newest(TREE, pytest.fail)
+    assert restored is not None
+    assert restored[0] == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_goes_onto_another_mesh(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    def on(axes: dict[str, int]) -> NamedSharding:
+        devices = jax.devices()[: math.prod(axes.values())]
+        types = (AxisType.Auto,) * len(axes)
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+        return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+    whole = jnp.arange(64.0).reshape(16, 4)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    notes = checkpoint.Notes(settings=settings, stream={}, losses=())
+    checkpoints.save(1, {"a": jax.device_put(whole, on({"data": 8}))}, notes)
+    for axes in ({"data": 2, "expert": 4}, {"data": 4}, {"data": 1}):
+        like = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=on(axes))
+        restored = checkpoints.newest({"a": like}, pytest.fail)
+        assert restored is not None
+        assert restored[1]["a"].sharding == on(axes)
+        assert (restored[1]["a"] == whole).all()
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, settings: checkpoint.TrainSettings
+) -> None:
+    checkpoints = fill_store(tmp_path, settings)
+    with pytest.raises(
+        ValueError, match=r"another model: \['a'\] is float32\[2, 3\], not float32\[4\]"
+    ):
+        checkpoints.newest({**TREE, "a": jnp.zeros(4)}, pytest.fail)
+    assert checkpoints.steps == [1, 2]
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole: Path, tmp_path: Path, texts: str) -> None:
+    """Where the settings of the folder are gone, those of the checkpoint count."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    other = dataclasses.replace(training(tmp_path / "run", texts), seed=1)
+    with pytest.raises(ValueError, match=r"same configuration.*\n  seed: 0 there, 1 now"):
+        run.run_training(other, quiet())
+
+
+def generated(out: Path, **options: Any) -> tuple[bytes, str]:
+    stream, console = io.BytesIO(), quiet()
+    generate.run_generation(generate.Generating(out, **options), console, stream.write)
+    return stream.getvalue(), said(console)
+
+
+def test_text_comes_from_the_newest_checkpoint(whole: Path) -> None:
+    """The text of `mode.generate` on the causal model, a report of compute, and its picture."""
+    text, report = generated(whole, prompt="line ", steps=40, temperature=0.0)
+    model = run.load_run(whole, quiet()).model
+    prompt = jnp.array([[256, *b"line "]])
+    made = mode.generate(mode.make_causal(model), prompt, steps=40, stop_token=256)
+    expected = bytes(token for token in made.tokens[0].tolist() if token != 256)
+    assert text == b"line " + expected
+    assert f"{int(made.lengths[0])} bytes" in report
+    assert "a second" in report
+    assert "0.125" in report
+    assert (whole / "generated.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sampling_is_keyed(whole: Path) -> None:
+    one, other, again = (
+        generated(whole, steps=30, temperature=1.0, seed=seed)[0] for seed in (0, 1, 0)
+    )
+    assert one == again != other
+
+
+def test_an_arm_of_whole_sequences_has_no_text(tmp_path: Path, texts: str) -> None:
+    console = quiet()
+    run.run_training(training(tmp_path / "run", texts, arm="mod-random", steps=2), console)
+    assert "generate" not in said(console)
+    with pytest.raises(ValueError, match=r"`checkpoint` must be of an arm .*'mod-random'"):
+        generated(tmp_path / "run")
+
+
+@pytest.mark.parametrize("arm", ["dense", "mode-staged"])
+def test_every_arm_generates(arm: str, tmp_path: Path, texts: str) -> None:
+    run.run_training(training(tmp_path / "run", texts, arm=arm, steps=2), quiet())
+    text, report = generated(tmp_path / "run", steps=3)
+    assert text
+    assert ("nothing is routed" in report) == (arm == "dense")
+
+
+def test_what_the_commands_refuse(
+    whole: Path, tmp_path: Path, texts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*words: str) -> str:
+        assert main(list(words)) == 2
+        return capsys.readouterr().err
+
+    at = ("--checkpoint", str(whole))
+    assert "has no config.json" in refusal("generate", "--checkpoint", str(tmp_path / "nowhere"))
+    assert "`steps` must be at least 1, got 0" in refusal("generate", *at, "--steps", "0")
+    assert "`temperature` must be at least 0, got -1.0" in refusal(
+        "generate", *at, "--temperature", "-1"
+    )
+    assert "`top_p` must be above 0, got 0.0" in refusal("generate", *at, "--top-p", "0")
+    out = ("--out", str(tmp_path / "new"), "--data", texts)
+    assert "`arm` must be one of" in refusal("train", *out, "--arm", "best")
+    assert "`plot` must be a file" in refusal("generate", *at, "--plot", "/nowhere/at/all.png")
+    sizes = ("--size.dim", "15", "--size.heads", "2")
+    assert "`dim` must be" in refusal("train", *out, *sizes)
+    assert not (tmp_path / "new").exists()  # what cannot be trained claims no folder
+    assert "`steps` must be at least 2, got 1" in refusal("train", *out, "--steps", "1")
+    assert "`save_every` must be at least 1" in refusal("train", *out, "--save-every", "0")
+    assert "`size.length` must be at least 1" in refusal("train", *out, "--size.length", "-4")
+    assert "`recipe.clip` must be finite, got nan" in refusal("train", *out, "--recipe.clip", "nan")
+    assert "`seed` must be below 4294967296" in refusal("train", *out, "--seed", f"{2**64}")
+    assert not (tmp_path / "new").exists()
