@@ -82,9 +82,9 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--tiny", action="store_true", help="small models, to see that it runs")
     parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        measure(asked.one, asked.tiny)
+    options = parser.parse_args()
+    if options.one:
+        measure(options.one, options.tiny)
         sys.exit()
     about = (
         "import jax; print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}', flush=True)"
@@ -92,6 +92,6 @@ if __name__ == "__main__":
     subprocess.run([sys.executable, "-c", about], check=True)
     print("| model | parameters | ms / step | FLOPs | FLOP/s | product | of it | peak memory |")
     print("|---" * 8 + "|", flush=True)
-    tiny = ["--tiny"] if asked.tiny else []
-    for name in asked.models:
+    tiny = ["--tiny"] if options.tiny else []
+    for name in options.models:
         subprocess.run([sys.executable, __file__, "--one", name, *tiny], check=False)

@@ -147,7 +147,7 @@ def dense(shape: tuple[int, int, int]) -> bool:
     x = jax.random.normal(jax.random.key(1), shape)
     layer = mode.Residual(jax_block(shape[-1]))
     block = TorchBlock(shape[-1], shape[1])
-    held = True
+    met = True
     for kind, backward in (("forward+backward", True), ("forward", False)):
         call = timing.with_gradient(apply) if backward else apply
         variants = {
@@ -156,8 +156,8 @@ def dense(shape: tuple[int, int, int]) -> bool:
         }
         limits = {"mode dense block": DENSE_LIMIT} if backward else {}
         medians = timing.take_turns(variants)
-        held &= timing.report(f"{list(shape)}, {kind}", medians, "PyTorch dense block", limits)
-    return held
+        met &= timing.report(f"{list(shape)}, {kind}", medians, "PyTorch dense block", limits)
+    return met
 
 
 def routed(shape: tuple[int, int, int]) -> bool:

@@ -86,5 +86,5 @@ def measure(name: str) -> bool:
 
 if __name__ == "__main__":
     timing.header()
-    held = [measure(name) for name in MODELS]
-    sys.exit(0 if all(held) else 1)
+    met = [measure(name) for name in MODELS]
+    sys.exit(0 if all(met) else 1)

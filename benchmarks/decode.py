@@ -158,7 +158,7 @@ if __name__ == "__main__":
     began = time.perf_counter()
     print("| kv heads | cache | batch | dense | routed | faster | memory | capacity | worst |")
     print("|---" * 9 + "|")
-    held = [
+    met = [
         measure(
             fitting_kv_heads(options.kv_heads, batch, cache, options.gigabytes),
             batch,
@@ -168,6 +168,6 @@ if __name__ == "__main__":
         for cache in options.caches
         for batch in options.batches
     ]
-    held.append(drift(batch=8, cache=1024))
+    met.append(drift(batch=8, cache=1024))
     print(f"{time.perf_counter() - began:.0f} s in all")
-    sys.exit(0 if all(held) else 1)
+    sys.exit(0 if all(met) else 1)

@@ -28,7 +28,7 @@ def measure(shape: tuple[int, int, int]) -> bool:
     routed = mode.MixtureOfDepths(block, dim, CAPACITY, key=keys[1])
     x = jax.random.normal(keys[2], shape)
     few = x[:, : mode.token_capacity(tokens, CAPACITY)]
-    held = True
+    met = True
     for kind in LIMITS:
         call = timing.with_gradient(_apply) if kind == "forward+backward" else _apply
         variants = {
@@ -37,13 +37,13 @@ def measure(shape: tuple[int, int, int]) -> bool:
             "dense block on all tokens": timing.compiled(call, dense, x),
         }
         medians = timing.take_turns(variants)
-        held &= timing.report(
+        met &= timing.report(
             f"{list(shape)}, {kind}",
             medians,
             base="block on the selected number of tokens",
             limits={"Mixture-of-Depths at 0.125": LIMITS[kind]},
         )
-    return held
+    return met
 
 
 def _apply(layer: mode.Residual | mode.MixtureOfDepths, x: jax.Array) -> jax.Array:

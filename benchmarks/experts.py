@@ -55,7 +55,7 @@ def time_layer() -> bool:
     x = jax.random.normal(keys[1], (BATCH, TOKENS, DIM))
     slots = x.reshape(EXPERTS, -1, DIM)
     feedforward = mode.GELUFeedForward(DIM, key=keys[2])
-    held = True
+    met = True
     for kind in ("forward+backward", "forward"):
         gradient = timing.with_gradient if kind == "forward+backward" else lambda f: f
         variants = {
@@ -64,20 +64,20 @@ def time_layer() -> bool:
             "one-hot einsum form": timing.compiled(gradient(one_hot), layer, x),
             "dense feed-forward of equal FLOPs": timing.compiled(gradient(dense), feedforward, x),
         }
-        held &= timing.report(
+        met &= timing.report(
             f"[{BATCH}, {TOKENS}, {DIM}], {EXPERTS} experts, capacity factor 1, {kind}",
             timing.take_turns(variants),
             base="bare matrix products",
             limits={"expert choice": 1.10},
         )
-    return held
+    return met
 
 
 def count_noop_flops() -> bool:
     """No-ops cost nothing: XLA's count with them against that of the real experts alone."""
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[1], (BATCH, TOKENS, DIM))
-    held = True
+    met = True
     print("\nXLA's count of FLOPs, forward, integrated MoDE against its real experts alone")
     for num_noop in (0, 2, 8):
         layer = mode.MixtureOfExperts(
@@ -85,9 +85,9 @@ def count_noop_flops() -> bool:
         )
         slots = x.reshape(EXPERTS, -1, DIM)[:, : BATCH * layer(x)[1][0].index.shape[-1]]
         ratio = timing.compiled(routed, layer, x).flops / timing.compiled(bare, layer, slots).flops
-        held &= ratio < 1.03
+        met &= ratio < 1.03
         print(f"  {num_noop} no-op experts: {ratio:6.3f} x (limit 1.03, the router's part)")
-    return held
+    return met
 
 
 if __name__ == "__main__":

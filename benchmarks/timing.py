@@ -78,18 +78,18 @@ def take_turns(variants: dict[str, Callable[[], Any]], rounds: int = 15) -> dict
 
 
 def report(title: str, medians: dict[str, float], base: str, limits: dict[str, float]) -> bool:
-    """Print each variant as a ratio to `base`, with the limit it is held to; true if all hold."""
+    """Print each variant as a ratio to `base`, with its limit; true if all hold."""
     print(f"\n{title}")
-    held = True
+    met = True
     for name, median in medians.items():
         ratio = median / medians[base]
         line = f"  {name:<42} {median * 1e3:9.2f} ms  {ratio:6.2f} x"
         if name in limits:
             within = ratio <= limits[name]
-            held &= within
-            line += f"  (limit {limits[name]:.2f}: {'held' if within else 'MISSED'})"
+            met &= within
+            line += f"  (limit {limits[name]:.2f}: {'met' if within else 'MISSED'})"
         print(line)
-    return held
+    return met
 
 
 def header() -> None:

@@ -120,14 +120,12 @@ CASES = [
         "moe_selected_softmax",
         lambda key: experts(key, gate=mode.SelectedSoftmaxGate(), select=mode.TokenChoice(2)),
     ),
-    Case("moe_strided", lambda key: experts(key, select=mode.Strided())),
     Case("moe_by_logit", lambda key: experts(key, select=mode.LogitThreshold(0.5))),
     Case("mod", lambda key: depth(key, functools.partial(transformer_block, num_kv_heads=1))),
     Case("mod_own_block", lambda key: depth(key)),
     Case("mod_delta", lambda key: depth(key, lambda k: mode.Delta(Skipping(k)))),
     Case("mod_random", lambda key: depth(key, select=mode.RandomChoice()), bound=True),
     Case("mod_strided", lambda key: depth(key, select=mode.Strided(), gate=mode.SigmoidGate(2.0))),
-    Case("mod_tanh", lambda key: depth(key, gate=mode.TanhGate())),
     Case("mod_replay", replayed, bound=True),
     Case("mod_predictor", predicted),
     Case("mod_by_quantile", lambda key: depth(key, select=mode.QuantileThreshold())),
@@ -138,9 +136,7 @@ CASES = [
     ),
     Case("staged", lambda key: mode.staged_mode_layer(expert, DIM, 2, 2, capacity=0.5, key=key)),
     Case("integrated", lambda key: mode.integrated_mode_layer(expert, DIM, 2, 3, 1, key=key)),
-    Case("reduced", lambda key: mode.reduced_capacity_moe(expert, DIM, 2, 3, 1, key=key)),
     Case("stack", lambda key: stack(key)),
-    Case("stack_remat", lambda key: stack(key, remat=True)),
 ]
 
 

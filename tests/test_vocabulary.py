@@ -94,6 +94,7 @@ NAMES: dict[str, list[str]] = {
 EXCEPTIONS: list[tuple[str, str, str]] = [
     ("tests/test_vocabulary.py", "", "this table"),
     ("CONTRIBUTING.md", "|", "the table of words names those that are retired"),
+    ("mode/lab/summary.py", "- `", "columns: a fraction of layers, and the edges of a bin"),
 ]
 
 

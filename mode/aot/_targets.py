@@ -69,8 +69,8 @@ def _devices(target: str) -> Sequence[Any]:
             f"got {target!r}."
         )
     _need("libtpu", "aot-tpu", target)
-    # Without these the compiler asks the network which TPU this machine is a part of, and lets one
-    # process at a time compile.
+    # Without these the compiler looks up on the network which TPU this machine is a part of, and
+    # lets one process at a time compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

@@ -178,7 +178,7 @@ def _generate(kept: tuple[Any, ...], state: DecodeState) -> Generation:
         routings = jax.tree.map(lambda all, new: all.at[step].set(new), routings, routed)
         return step + 1, state, done, tokens.at[:, step].set(token), routings
 
-    # Of steps that are never taken, because all sequences are done: groups of padding.
+    # Of steps that never run, because all sequences are done: groups of padding.
     like = jax.eval_shape(lambda: advance(model, state, start[:, None], start)[1])
     routings = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), like)
     routings = tuple(routing.masked(jnp.zeros_like(routing.valid[..., 0])) for routing in routings)

@@ -41,7 +41,7 @@ def read_arrays(path: Path, remedy: str, digest: str) -> dict[str, np.ndarray]:
 
 
 def fill(like: PyTree, arrays: Mapping[str, np.ndarray], path: Path) -> PyTree:
-    """`like` with the arrays that `path` held in place of its own, on the same devices.
+    """`like` with the arrays of `path` in place of its own, on the same devices.
 
     **Raises:** `ValueError` where names, shapes or types differ.
     """

@@ -86,7 +86,7 @@ class Generating:
     """Continue a text with a trained model, byte by byte, and print what was computed for it."""
 
     checkpoint: Path = Path("runs/train")
-    """Folder of a `mode-lab train` run; its newest checkpoint is taken."""
+    """Folder of a `mode-lab train` run; its newest checkpoint is used."""
     prompt: str = ""
     """Text to continue; write --prompt=-x for one that begins with a dash. By default a new
     document begins."""

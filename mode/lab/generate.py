@@ -118,7 +118,7 @@ def _generate(
         one = new[0, : int(lengths[0])].tolist()[: steps - len(tokens)]
         write(bytes(token for token in one if token < DOCUMENT_START))
         tokens += one
-        # The last piece may have gone on behind the last byte that was asked for.
+        # The last piece may have gone on behind the last byte that was requested.
         pieces.append(jax.tree.map(lambda leaf, count=len(one): leaf[:count], routings))
         if not compiled:
             compiled, began = len(tokens), time.perf_counter()

@@ -25,7 +25,7 @@ def _handle(number: int, frame: object) -> None:
     if not _now["deferred"]:
         _now["received"] = number
         raise KeyboardInterrupt
-    if _now["received"]:  # asked twice: without delay
+    if _now["received"]:  # a second signal: without delay
         os._exit(128 + number)
     _now["received"] = number
 
@@ -43,7 +43,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While the context lasts, signals are only remembered: the code inside asks `received`."""
+    """While the context lasts, signals are only remembered: the code inside reads `received`."""
     check()
     _now["deferred"] = 1
     try:

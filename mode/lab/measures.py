@@ -67,7 +67,7 @@ def bootstrap(
     bounds = np.full((2, len(values)), np.nan)
     if sequences > 1:
         with warnings.catch_warnings():
-            # Some draws leave a number undefined; its quantiles are taken below.
+            # Some draws leave a number undefined; its quantiles are computed below.
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             result = stats.bootstrap(
                 (np.arange(sequences),),

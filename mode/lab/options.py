@@ -90,8 +90,8 @@ class Devices:
     process: Annotated[int, Ge(0)] = 0
     """The number of this process, from 0."""
     coordinator: str | None = None
-    """HOST:PORT at which the others reach process 0. "auto" asks the cluster for it and for the two
-    numbers above: Slurm, Open MPI, a TPU pod, Kubernetes."""
+    """HOST:PORT at which the others reach process 0. "auto" gets it and the two numbers above from
+    the cluster: Slurm, Open MPI, a TPU pod, Kubernetes."""
 
     @property
     def count(self) -> int:
@@ -119,7 +119,7 @@ def _rule(error: Any) -> str:
     bounds = error.get("ctx", {})
     for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if name in bounds:
-            return "finite" if bounds[name] == math.inf else f"{words} {bounds[name]:g}"
+            return "finite" if bounds[name] == math.inf else f"{words} {bounds[name]:.12g}"
     return error["msg"].removeprefix("Input should be ")
 
 

@@ -127,17 +127,17 @@ def _search_order(planning: Planning, program: Program, devices: int) -> Iterato
 def _skipped(
     program: Program, mesh: MeshOf, memory: int, before: list[Trial], left: float
 ) -> Trial:
-    """A trial, and why not to ask the compiler: "" where it is to be asked."""
+    """A trial, and why not to call the compiler: "" where it is to be called."""
     devices = mesh.data * mesh.expert
     if program.size.batch % devices:
         return Trial(mesh, why=f"a batch of {program.size.batch} does not divide over {devices}")
     counted = program.count(mesh.axes)
     if counted["argument_bytes"] > memory:
         return Trial(mesh, counted, fits=False, why="the state alone is larger")
-    asked = [(trial.mesh, trial.compiler["seconds"]) for trial in before if trial.compiler]
+    compiled = [(trial.mesh, trial.compiler["seconds"]) for trial in before if trial.compiler]
     why = ""
-    if any(one.target == mesh.target and one.expert > mesh.expert for one, _ in asked):
+    if any(one.target == mesh.target and one.expert > mesh.expert for one, _ in compiled):
         why = "gathers more weights at once than a mesh that does not fit"
-    elif asked and max(seconds for _, seconds in asked) > left:
+    elif compiled and max(seconds for _, seconds in compiled) > left:
         why = "no time left: see --minutes"
     return Trial(mesh, counted, why=why)

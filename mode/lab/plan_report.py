@@ -17,7 +17,7 @@ from .tables import prose, to_console, to_markdown
 class Trial:
     """One mesh of the search: what was counted, and what its compiler reported.
 
-    Nothing is counted where the batch does not divide. `why` says why the compiler was not asked.
+    Nothing is counted where the batch does not divide. `why` says why the compiler was not called.
     `fits` is `None` where that is not known.
     """
 
@@ -60,9 +60,9 @@ class Plan(Record):
 
     @property
     def shown(self) -> list[Trial]:
-        """The mesh that was asked for and the first that fits, where it is another."""
-        asked = self.trials[0]
-        return [asked] if self.first in (asked, None) else [asked, self.first]
+        """The requested mesh and the first that fits, where it is another."""
+        requested = self.trials[0]
+        return [requested] if self.first in (requested, None) else [requested, self.first]
 
 
 def binary(size: int | float) -> str:

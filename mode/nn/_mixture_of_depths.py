@@ -45,7 +45,7 @@ class MixtureOfDepths(AbstractLayer):
     - `select`: the selector. Training uses `ExpertChoice()`, which sees the future; `make_causal`
         makes the model that may be sampled from.
     - `gate`: from the router's logit to the weight $r$; by default the logit itself.
-    - `predictor`: guesses membership for causal inference; `Predictor(dim, key=key)` or `None`.
+    - `predictor`: guesses the selection for causal inference; `Predictor(dim, key=key)` or `None`.
     - `router_std`: standard deviation of the router's initial weights.
 
     **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer, which has its own residual,

@@ -251,6 +251,7 @@ def by_token(model: mode.Transformer, routings: tuple[mode.Routing, ...]) -> lis
         logits = np.where(routing.valid[..., None], routing.logits, 0)
         if is_nested:
             assert outer is not None
+            assert not selected[outer.index[..., 0, :] == outer.logits.shape[-2]].any()
             selected, weight = _from_slots(selected, outer), _from_slots(weight, outer)
             logits = _from_slots(logits, outer)
         else:

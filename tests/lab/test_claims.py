@@ -352,7 +352,7 @@ def test_claims_without_runs_say_so() -> None:
 
 def script(name: str) -> ModuleType:
     """A script of benchmarks/evidence, as a module."""
-    path = Path(__file__).parents[1] / f"benchmarks/evidence/{name}.py"
+    path = Path(__file__).parents[2] / f"benchmarks/evidence/{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -426,7 +426,7 @@ def test_the_gain_of_learning_is_by_size_and_budget(studies: ModuleType) -> None
 
 
 def test_the_claims_in_the_text_are_those_of_the_archived_records(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder = Path(__file__).parents[2] / "benchmarks"
     with tarfile.open(folder / "evidence/records.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     report_claims(tmp_path / "evidence", quiet())

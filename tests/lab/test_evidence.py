@@ -164,10 +164,10 @@ def isoflop(out: Path, texts: str, **changes: Any) -> Isoflop:
 def kill_after_the_first_run(out: Path, texts: str) -> None:
     """Starts the same sweep in a process of its own, and kills it when it has a record."""
     code = (
-        "from pathlib import Path; from tests.test_lab_evidence import isoflop, quiet, run_isoflop;"
+        "from pathlib import Path; from tests.lab.test_evidence import isoflop, quiet, run_isoflop;"
         f"run_isoflop(isoflop(Path({str(out)!r}), {texts!r}), quiet())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     try:
         while not list((out / "records").glob("*.json")):
             assert process.poll() is None

@@ -159,12 +159,12 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     assert left == {f".text.{owner}.part" for owner, stays in owners.items() if stays}
 
 
-def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+def test_a_lock_has_one_owner(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with files.lock(path) as one, files.lock(path) as other:
         assert (one, other) == (True, False)
         code = "import sys, pathlib\nfrom mode.lab import files\n"
-        code += "with files.lock(pathlib.Path(sys.argv[1])) as held: print(held)"
+        code += "with files.lock(pathlib.Path(sys.argv[1])) as lock: print(lock)"
         command = [sys.executable, "-c", code, str(path)]
         assert subprocess.check_output(command, text=True) == "False\n"
     with files.lock(path) as again:

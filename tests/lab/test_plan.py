@@ -58,16 +58,16 @@ def test_bytes_are_those_that_a_device_holds(arm: str) -> None:
     state = begin(chosen, size, Recipe(), seed=0)
     placed = eqx.filter_shard(state, mode.named_shardings(state, mesh))
 
-    def held(tree: object) -> int:
+    def bytes_of(tree: object) -> int:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf)]
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     counted = Program(chosen, size).count(axes)
-    parameters = held(eqx.filter(placed.model, mode.is_trainable(placed.model)))
+    parameters = bytes_of(eqx.filter(placed.model, mode.is_trainable(placed.model)))
     assert counted["parameter_bytes"] == counted["gradient_bytes"] == parameters
-    assert counted["optimizer_bytes"] == held(placed.optimizer)
+    assert counted["optimizer_bytes"] == bytes_of(placed.optimizer)
     batch = 2 * (size.batch // 4) * (size.length + 1) * 4  # tokens and segments, a row per device
-    assert counted["argument_bytes"] == held(placed) + batch
+    assert counted["argument_bytes"] == bytes_of(placed) + batch
 
 
 def test_one_device_holds_twelve_bytes_a_parameter() -> None:

@@ -174,7 +174,7 @@ def test_every_device_holds_its_part_of_the_state(tmp_path: Path, texts: str) ->
 
 
 def test_a_process_that_is_gone_is_told_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_join", lambda asked: None)
+    monkeypatch.setattr(devices, "_join", lambda options: None)
     eight = Devices(data=8, processes=2, process=1, coordinator="localhost:1")
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed")
     with (
@@ -205,4 +205,4 @@ def test_what_devices_are_refused(
     assert "`process` must be from 0 to 0" in refusal("--devices.process", "1")
     assert "`coordinator` must be given for 2 processes" in refusal("--devices.processes", "2")
     odd = ("--arm", ARM, "--size.experts", "3", "--size.noop", "2", "--devices.expert", "2")
-    assert "must divide over the 2 devices along expert" in refusal(*odd)
+    assert "must be divisible by the 2 devices along expert" in refusal(*odd)

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from jaxtyping import Array, PRNGKeyArray
+from numpy.typing import NDArray
 
 import mode
 from tests.helpers import assert_close, run
@@ -31,14 +32,13 @@ def states_of(shape: tuple[int, ...]) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def inputs(draw: Any) -> tuple[Array, mode.TokenInfo]:
-    """Hidden states and their info."""
+def inputs(draw: Any) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Hidden states and segment ids."""
     groups, tokens = draw(st.sampled_from(SHAPES))
     segments = np.sort(draw(segments_of((*groups, tokens))), axis=-1)
     # Padding behind the documents or before them.
     segments = segments if draw(st.booleans()) else segments[..., ::-1].copy()
-    x = jnp.asarray(draw(states_of((*groups, tokens, DIM))))
-    return x, mode.TokenInfo.packed(jnp.asarray(segments))
+    return draw(states_of((*groups, tokens, DIM))), segments
 
 
 def make_layer(kind: str) -> Any:
@@ -63,14 +63,20 @@ def over_groups(layer: Any, x: Array, info: mode.TokenInfo) -> Any:
 
 
 layers = st.sampled_from([make_layer("depths"), make_layer("experts")])
-given_inputs = tuple[Array, mode.TokenInfo]
+Drawn = tuple[NDArray[np.float32], NDArray[np.int32]]
+
+
+def arrays(drawn: Drawn) -> tuple[Array, mode.TokenInfo]:
+    """Hidden states and their info, as layers take them."""
+    x, segments = drawn
+    return jnp.asarray(x), mode.TokenInfo.packed(jnp.asarray(segments))
 
 
 @few
 @given(layers, inputs())
-def test_tokens_that_no_expert_selected_keep_their_bits(layer: Any, given: given_inputs) -> None:
+def test_tokens_that_no_expert_selected_keep_their_bits(layer: Any, drawn: Drawn) -> None:
     """Skipped, dropped, sent to a no-op or padding: out as they came in."""
-    x, info = given
+    x, info = arrays(drawn)
     hidden, (routing,) = run(layer, x, info)
     skipped = ~np.asarray(routing.selected).any(-1)
     assert np.asarray(hidden)[skipped].tobytes() == np.asarray(x)[skipped].tobytes()
@@ -80,9 +86,9 @@ def test_tokens_that_no_expert_selected_keep_their_bits(layer: Any, given: given
 
 @few
 @given(layers, inputs())
-def test_vmap_over_the_groups_is_the_batch(layer: Any, given: given_inputs) -> None:
+def test_vmap_over_the_groups_is_the_batch(layer: Any, drawn: Drawn) -> None:
     """The same assignments exactly, and the same numbers."""
-    x, info = given
+    x, info = arrays(drawn)
     hidden, (routing,) = run(layer, x, info)
     mapped, (each,) = run(over_groups, layer, x, info)
     np.testing.assert_array_equal(each.index, routing.index)
@@ -92,9 +98,9 @@ def test_vmap_over_the_groups_is_the_batch(layer: Any, given: given_inputs) -> N
 
 @few
 @given(layers, inputs(), st.randoms(use_true_random=False))
-def test_sequences_are_independent(layer: Any, given: given_inputs, random: Any) -> None:
+def test_sequences_are_independent(layer: Any, drawn: Drawn, random: Any) -> None:
     """Reordering the groups reorders the results; replacing the others changes no bit of one."""
-    x, info = given
+    x, info = arrays(drawn)
     order = list(range(x.shape[0]))
     random.shuffle(order)
     shuffled = jax.tree.map(lambda leaf: leaf[np.array(order)], (x, info))
