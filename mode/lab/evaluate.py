@@ -108,8 +108,8 @@ def evaluate(
 ) -> Evaluation:
     """Computes both losses, and how the causal rule agrees with top-k, on held-out batches.
 
-    Precision and recall are computed at the hidden states of the top-k run. At those of the causal run
-    the two rules would decide about different tokens from the second routed layer on.
+    Precision and recall are computed at the hidden states of the top-k run. At those of the causal
+    run the two rules would decide about different tokens from the second routed layer on.
     """
     bits, count, routings = _run(model, samples, key, mesh)
     if not routings:
