@@ -85,8 +85,8 @@ def test_the_default_is_the_standard_library() -> None:
     names = {*corpus.train.names, *corpus.held_out.names}
     assert "argparse.py" in names
     assert not any("site-packages" in name or name.startswith("test/") for name in names)
-    share = len(corpus.held_out.tokens) / len(corpus.train.tokens)
-    assert 0.02 < share < 0.3
+    fraction = len(corpus.held_out.tokens) / len(corpus.train.tokens)
+    assert 0.02 < fraction < 0.3
     assert corpus.fingerprint == read_corpus(None, length=128).fingerprint
 
 

@@ -100,6 +100,32 @@ def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: st
         assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_save(
+    number: int,
+    tmp_path: Path,
+    texts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    looks = []
+
+    def on_any(flag: bool) -> bool:
+        looks.append(flag)
+        if len(looks) == 2:
+            os.kill(os.getpid(), number)
+        return flag
+
+    monkeypatch.setattr("mode.lab.train.on_any", on_any)
+    flags = [*FLAGS[: -len(("--save-every", "7"))], "--save-every", "100"]
+    command = ["train", "--out", str(tmp_path / "run"), "--data", texts, *flags]
+    assert main(command) == 128 + number
+    assert "The same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert run.load_run(tmp_path / "run", quiet()).steps < STEPS
+    assert main(command) == 0
+    assert "goes on from step" in capsys.readouterr().out
+
+
 def test_bfloat16_keeps_its_weights_in_float32(tmp_path: Path, texts: str) -> None:
     """Activations alone are narrow; what is saved, and what the optimizer holds, is not."""
     size = dataclasses.replace(SIZE, dtype="bfloat16")
