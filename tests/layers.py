@@ -203,8 +203,3 @@ def ranked(layer: Any) -> Any:
 
 def with_selector(select: mode.AbstractSelector, layer: Any) -> Any:
     return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.select, r, select), layer)
-
-
-def with_bias(bias: Array, layer: Any) -> Any:
-    """The layer with a selection bias in each of its routers."""
-    return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.state.bias, r, bias), layer)

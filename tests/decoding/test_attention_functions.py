@@ -11,7 +11,8 @@ import pytest
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 import mode
-from tests.decoding.cases import DIM, LENGTHS, PROMPT, TOKENS, VOCAB, ask, draw_texts
+from tests.decoding.answers import ask
+from tests.decoding.cases import DIM, LENGTHS, PROMPT, TOKENS, VOCAB, draw_texts
 from tests.helpers import assert_close, run
 
 

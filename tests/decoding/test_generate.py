@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 
 import mode
-from tests.decoding.cases import (
-    BATCH,
-    LENGTHS,
-    PROMPT,
-    VOCAB,
-    answers,
-    ask,
-    build,
-    by_token,
-    draw_texts,
-)
+from tests.decoding.answers import answers, ask, by_token
+from tests.decoding.cases import BATCH, LENGTHS, PROMPT, VOCAB, build, draw_texts
 from tests.helpers import assert_close
 
 

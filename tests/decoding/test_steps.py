@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import Array, Int
 
 import mode
+from tests.decoding.answers import RoutedTokens, answers, ask, by_token
 from tests.decoding.cases import (
     BATCH,
     CASES,
@@ -18,11 +19,7 @@ from tests.decoding.cases import (
     PROMPT,
     TOKENS,
     VOCAB,
-    RoutedTokens,
-    answers,
-    ask,
     build,
-    by_token,
     draw_texts,
     mod,
 )
