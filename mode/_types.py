@@ -25,3 +25,9 @@ Sequences = Int[Array, " batch"]  # one number per sequence
 Key = PRNGKeyArray | None
 Vector = Float[Array, " dim"]
 VectorMap = Callable[[Vector], Vector]
+# Of attention. The query heads that share a key-value head are stacked as rows of one matrix.
+Queries = Float[Array, "batch tokens heads head_dim"]
+Keys = Float[Array, "batch tokens kv_heads head_dim"]  # and values
+Rows = Float[Array, "batch kv_heads rows head_dim"]
+KeyRows = Float[Array, "batch kv_heads keys head_dim"]
+Scores = Float[Array, "batch kv_heads rows keys"]

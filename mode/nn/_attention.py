@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._checks import check_count, check_hidden, type_name
 from .._linear import Linear
 from .._token_info import TokenInfo
-from .._types import Hidden, Key
+from .._types import Hidden, Key, Keys, Queries
 from ..parallel import role_field
 from ._attention_function import AbstractAttentionFunction, Attend, CausalAttention
 from ._cache import Cache
@@ -110,11 +110,7 @@ class Attention(AbstractBlock):
 
     def _heads(
         self, x: Float[Array, "batch tokens dim"], positions: Int[Array, "batch tokens"]
-    ) -> tuple[
-        Float[Array, "batch tokens heads head_dim"],
-        Float[Array, "batch tokens kv_heads head_dim"],
-        Float[Array, "batch tokens kv_heads head_dim"],
-    ]:
+    ) -> tuple[Queries, Keys, Keys]:
         """Queries and keys, rotated to their positions, and values."""
         heads = self.qkv(x).reshape(*x.shape[:-1], -1, x.shape[-1] // self.num_heads)
         rotated, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from .._checks import check_count
 from .._dtypes import float32_or_wider
 from .._token_info import TokenInfo
+from .._types import KeyRows, Keys, Queries, Rows, Scores
 from ._blockwise import blockwise_attention
 from ._cache import Cache
 from ._scoring import Scoring, stack_rows, unstack_rows
@@ -24,14 +25,7 @@ class AbstractAttentionFunction(eqx.Module):
     """
 
     @abc.abstractmethod
-    def extend(
-        self,
-        q: Float[Array, "batch new heads head_dim"],
-        k: Float[Array, "batch new kv_heads head_dim"],
-        v: Float[Array, "batch new kv_heads head_dim"],
-        info: TokenInfo,
-        cache: Cache,
-    ) -> Float[Array, "batch new heads head_dim"]:
+    def extend(self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache) -> Queries:
         """Attends from new tokens to those in the cache and to each other.
 
         **Arguments:**
@@ -45,18 +39,12 @@ class AbstractAttentionFunction(eqx.Module):
             segments. Segment 0 marks empty slots and padding, which no real token may see.
         """
 
-    def __call__(
-        self,
-        q: Float[Array, "batch tokens heads head_dim"],
-        k: Float[Array, "batch tokens kv_heads head_dim"],
-        v: Float[Array, "batch tokens kv_heads head_dim"],
-        info: TokenInfo,
-    ) -> Float[Array, "batch tokens heads head_dim"]:
+    def __call__(self, q: Queries, k: Keys, v: Keys, info: TokenInfo) -> Queries:
         """Attends inside whole sequences."""
         return self.extend(q, k, v, info, Cache.empty())
 
 
-Attend = AbstractAttentionFunction | Callable[..., Float[Array, "batch tokens heads head_dim"]]
+Attend = AbstractAttentionFunction | Callable[..., Queries]
 
 # With few queries, keys are the left side of the product: XLA's CPU backend would copy them first
 # the other way round, and take twice as long.
@@ -113,14 +101,7 @@ class CausalAttention(AbstractAttentionFunction):
         self.scoring = Scoring(scale, soft_cap, window, alibi)
         self.block_size = None if block_size is None else check_count("block_size", block_size, 16)
 
-    def extend(
-        self,
-        q: Float[Array, "batch new heads head_dim"],
-        k: Float[Array, "batch new kv_heads head_dim"],
-        v: Float[Array, "batch new kv_heads head_dim"],
-        info: TokenInfo,
-        cache: Cache,
-    ) -> Float[Array, "batch new heads head_dim"]:
+    def extend(self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache) -> Queries:
         """See `AbstractAttentionFunction`."""
         new = q.shape[1]
         if cache.is_empty and self.block_size is not None and new > self.block_size:
@@ -131,13 +112,11 @@ class CausalAttention(AbstractAttentionFunction):
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
         rows = stack_rows(self.scoring.scaled(q.astype(wide)), k.shape[2])
 
-        def logits(
-            keys: Array, key_info: TokenInfo, mask: Bool[Array, "new new"] | None
-        ) -> Float[Array, "batch kv_heads rows keys"]:
+        def logits(keys: Array, key_info: TokenInfo, mask: Bool[Array, "new new"] | None) -> Scores:
             products = _products(rows, keys.astype(wide))
             return self.scoring.logits(products, info, key_info, mask)
 
-        def mix(weights: Array, values: Array) -> Float[Array, "batch kv_heads rows head_dim"]:
+        def mix(weights: Array, values: Array) -> Rows:
             return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(wide))
 
         # A token sees itself, so that the maximum of the softmax is finite.
@@ -151,10 +130,7 @@ class CausalAttention(AbstractAttentionFunction):
         return unstack_rows(mix(cached, cached_values) + mix(own, values), q)
 
 
-def _products(
-    rows: Float[Array, "batch kv_heads rows head_dim"],
-    keys: Float[Array, "batch kv_heads keys head_dim"],
-) -> Float[Array, "batch kv_heads rows keys"]:
+def _products(rows: Rows, keys: KeyRows) -> Scores:
     if rows.shape[-2] > _FEW_ROWS:
         return jnp.einsum("bgqd,bgkd->bgqk", rows, keys)
     products = jnp.einsum("bgkd,bgqd->bgkq", keys, rows)

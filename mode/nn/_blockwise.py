@@ -17,24 +17,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._dtypes import float32_or_wider
 from .._token_info import TokenInfo
+from .._types import Keys, Queries
 from ._scoring import Scoring
 
 
 # Finite, so that a block without a visible key gives exp(0), which is later scaled by exactly 0.
 _MASKED = -1e30
 
-Queries = Float[Array, "blocks batch kv_heads rows head_dim"]
-Keys = Float[Array, "blocks batch kv_heads size head_dim"]
+QueryBlocks = Float[Array, "blocks batch kv_heads rows head_dim"]
+KeyBlocks = Float[Array, "blocks batch kv_heads size head_dim"]
+_Carry = tuple[Array, Array, Array]  # of a scan over pairs of blocks
 
 
 def blockwise_attention(
-    scoring: Scoring,
-    q: Float[Array, "batch tokens heads head_dim"],
-    k: Float[Array, "batch tokens kv_heads head_dim"],
-    v: Float[Array, "batch tokens kv_heads head_dim"],
-    info: TokenInfo,
-    block_size: int,
-) -> Float[Array, "batch tokens heads head_dim"]:
+    scoring: Scoring, q: Queries, k: Keys, v: Keys, info: TokenInfo, block_size: int
+) -> Queries:
     """Computes `CausalAttention` of long sequences. Has no forward-mode derivative."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -43,7 +40,7 @@ def blockwise_attention(
     size = -(-tokens // (16 * num_blocks)) * 16  # equal blocks need little padding at any length
     pad = num_blocks * size - tokens
 
-    def blocks(x: Float[Array, "batch tokens x_heads head_dim"]) -> Keys:
+    def blocks(x: Float[Array, "batch tokens x_heads head_dim"]) -> KeyBlocks:
         padded = jnp.pad(x.astype(wide), [(0, 0), (0, pad), (0, 0), (0, 0)])
         return padded.reshape(batch, num_blocks, size, -1, head_dim).transpose(1, 0, 3, 2, 4)
 
@@ -88,16 +85,16 @@ def _logits(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scoring: Scoring, q: Queries, k: Keys, v: Keys, infos: TokenInfo) -> Queries:
+def _attention(
+    scoring: Scoring, q: QueryBlocks, k: KeyBlocks, v: KeyBlocks, infos: TokenInfo
+) -> QueryBlocks:
     return _forward(scoring, q, k, v, infos)[0]
 
 
 def _forward(
-    scoring: Scoring, q: Queries, k: Keys, v: Keys, infos: TokenInfo
-) -> tuple[Queries, tuple[Queries, Keys, Keys, TokenInfo, Queries, Array]]:
-    def add(
-        state: tuple[Array, Array, Array], pair: Int[Array, " two"]
-    ) -> tuple[tuple[Array, Array, Array], None]:
+    scoring: Scoring, q: QueryBlocks, k: KeyBlocks, v: KeyBlocks, infos: TokenInfo
+) -> tuple[QueryBlocks, tuple[QueryBlocks, KeyBlocks, KeyBlocks, TokenInfo, QueryBlocks, Array]]:
+    def add(state: _Carry, pair: Int[Array, " two"]) -> tuple[_Carry, None]:
         i, j = pair
         top, total, out = (part[i] for part in state)
         logits = _logits(scoring, jnp.einsum("bgqd,bgkd->bgqk", q[i], k[j]), infos, i, j)
@@ -117,14 +114,14 @@ def _forward(
 
 
 def _backward(
-    scoring: Scoring, saved: tuple[Queries, Keys, Keys, TokenInfo, Queries, Array], d_out: Queries
-) -> tuple[Queries, Keys, Keys, None]:
+    scoring: Scoring,
+    saved: tuple[QueryBlocks, KeyBlocks, KeyBlocks, TokenInfo, QueryBlocks, Array],
+    d_out: QueryBlocks,
+) -> tuple[QueryBlocks, KeyBlocks, KeyBlocks, None]:
     q, k, v, infos, out, log_total = saved
     drift = jnp.sum(d_out * out, axis=-1)  # what the softmax's normalisation takes from each row
 
-    def add(
-        gradients: tuple[Array, Array, Array], pair: Int[Array, " two"]
-    ) -> tuple[tuple[Array, Array, Array], None]:
+    def add(gradients: _Carry, pair: Int[Array, " two"]) -> tuple[_Carry, None]:
         i, j = pair
         d_q, d_k, d_v = gradients
         logits, pull_back = jax.vjp(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_count, is_finite
 from .._token_info import TokenInfo
+from .._types import Queries, Rows, Scores
 
 
 class Scoring(eqx.Module):
@@ -33,20 +34,18 @@ class Scoring(eqx.Module):
         if self.window is not None:
             check_count("window", self.window, 1)
 
-    def scaled(
-        self, q: Float[Array, "batch tokens heads head_dim"]
-    ) -> Float[Array, "batch tokens heads head_dim"]:
+    def scaled(self, q: Queries) -> Queries:
         """Scales the queries."""
         return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
 
     def logits(
         self,
-        products: Float[Array, "batch kv_heads rows keys"],
+        products: Scores,
         queries: TokenInfo,
         keys: TokenInfo,
         earlier: Bool[Array, "queries keys"] | None,
         masked: float = -math.inf,
-    ) -> Float[Array, "batch kv_heads rows keys"]:
+    ) -> Scores:
         """The logits of the softmax; `masked` where a query does not see a key.
 
         **Arguments:**
@@ -81,19 +80,14 @@ class Scoring(eqx.Module):
         return slopes * distance[:, None, None].astype(by_head.dtype)
 
 
-def stack_rows(
-    q: Float[Array, "batch tokens heads head_dim"], kv_heads: int
-) -> Float[Array, "batch kv_heads rows head_dim"]:
+def stack_rows(q: Queries, kv_heads: int) -> Rows:
     """Stacks the heads that share a key-value head."""
     batch, tokens, _, head_dim = q.shape
     rows = q.reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     return rows.reshape(batch, kv_heads, -1, head_dim)
 
 
-def unstack_rows(
-    mixed: Float[Array, "batch kv_heads rows head_dim"],
-    q: Float[Array, "batch tokens heads head_dim"],
-) -> Float[Array, "batch tokens heads head_dim"]:
+def unstack_rows(mixed: Rows, q: Queries) -> Queries:
     """Moves rows back to where the heads of `q` stand, in its dtype."""
     batch, tokens, _, head_dim = q.shape
     heads = mixed.reshape(batch, mixed.shape[1], -1, tokens, head_dim).transpose(0, 3, 1, 2, 4)
