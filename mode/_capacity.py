@@ -1,4 +1,4 @@
-"""The number of slots of an expert: the only file where a capacity is rounded."""
+"""The number of slots of an expert. A capacity is rounded here and nowhere else."""
 
 import math
 from fractions import Fraction
@@ -12,8 +12,7 @@ Capacity = int | float | Fraction
 def exact_fraction(name: str, value: Capacity) -> Fraction:
     """Returns the simplest fraction that equals a float: `0.1` is 1/10 and `1.1 / 8` is 11/80.
 
-    A float is the rounded form of the number that its author meant. Its binary value would put
-    `400 * 1.1 / 8` above 55.
+    Its author meant that number; its binary value would put `400 * 1.1 / 8` above 55.
     """
     if not is_finite(value) or value <= 0:
         raise ValueError(
@@ -41,18 +40,15 @@ def token_capacity(num_tokens: int, capacity: Capacity, *, multiple_of: int = 1)
     r"""Returns the number of slots of one expert in a group of `num_tokens` tokens.
 
     $\min(T, \max(1, m \lceil \lfloor T c \rfloor / m \rceil))$ for $T$ tokens, a capacity of $c$
-    and a multiple of $m$, in exact arithmetic. It exceeds $T c$ only through alignment, or where
-    $T c$ is less than one token.
+    and a multiple of $m$, exactly. Above $T c$ only by alignment, or where $T c$ is below 1.
 
     **Arguments:**
 
     - `num_tokens`: tokens in one routing group, at least 1.
-    - `capacity`: slots per token, above 0. A capacity above 1 gives a slot to every token: no
-        expert computes a token twice.
-    - `multiple_of`: alignment of the result in slots, such as the tile of a matrix unit.
+    - `capacity`: slots per token, above 0. Above 1, every token has one slot.
+    - `multiple_of`: alignment in slots, such as the tile of a matrix unit.
 
-    **Raises:** `ValueError` for `num_tokens` or `multiple_of` below 1, or a `capacity` that is not
-    a finite positive number.
+    **Raises:** `ValueError` for a count below 1, or a `capacity` that is not finite and positive.
 
     >>> token_capacity(2048, 0.125), token_capacity(400, 1.1 / 8), token_capacity(4, 0.125)
     (256, 55, 1)

@@ -1,7 +1,4 @@
-"""Argument checks that several packages share.
-
-Each raises a `ValueError` that names the argument, the rule, the value and the fix.
-"""
+"""Argument checks that several packages share."""
 
 import inspect
 import math
@@ -11,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ._types import Hidden
 
@@ -18,6 +16,11 @@ from ._types import Hidden
 def is_finite(value: object) -> bool:
     """Whether `value` is a finite real number: not a string, not an array, not NaN."""
     return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def is_known(values: object) -> bool:
+    """Whether the numbers of an array can be looked at: not in a trace, nor on other hosts."""
+    return not isinstance(values, Tracer) and getattr(values, "is_fully_addressable", True)
 
 
 def check_count(name: str, value: object, least: int) -> int:
@@ -34,7 +37,7 @@ def check_count(name: str, value: object, least: int) -> int:
 
 
 def check_instance(name: str, value: object, kind: type, example: str) -> None:
-    """Checks that `value` is an instance of the strategy `kind`: no class, string or function."""
+    """Checks that `value` is an instance of the strategy `kind`, such as `example`."""
     if not isinstance(value, kind):
         got = type_name(value) if isinstance(value, type) else repr(value)
         raise ValueError(
@@ -62,7 +65,7 @@ def takes_key(function: Callable[..., object]) -> bool:
 
 
 def type_name(value: object) -> str:
-    """Returns the name of a value's type, for errors where its repr would be too long."""
+    """Returns the name of a value's type, where its repr would be too long for an error."""
     return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
 
 

@@ -12,10 +12,8 @@ Module = TypeVar("Module")
 
 
 def float32_or_wider(dtype: DTypeLike) -> jnp.dtype:
-    """Returns `dtype`, or float32 if it is narrower: the dtype of routers, softmaxes and losses.
-
-    `jnp.promote_types` would not do: it raises under strict promotion.
-    """
+    """Returns `dtype`, or float32 if it is narrower: the dtype of routers, softmaxes and losses."""
+    # Not `jnp.promote_types`, which raises under strict promotion.
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 

@@ -1,7 +1,6 @@
 """The linear map and the norm that the layers are made of.
 
-Both act on the last axis of `[..., features]` and compute in the dtype of their input: parameters
-are float32 and are cast at each use.
+Both act on the last axis. Parameters are float32 and are cast to the dtype of `x` at each use.
 """
 
 import equinox as eqx
@@ -22,11 +21,9 @@ def project(
 
 
 class Linear(eqx.Module):
-    """`x @ weight` without a bias; `weight` is `[in_features, out_features]`.
+    """`x @ weight` without a bias.
 
-    **Arguments:**
-
-    - `std`: standard deviation of the initial weights; by default `in_features ** -0.5`.
+    The standard deviation of the initial weights is `std`, by default `in_features ** -0.5`.
     """
 
     weight: Float[Array, "in_features out_features"]

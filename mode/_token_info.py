@@ -1,4 +1,4 @@
-"""The record that travels with the tokens: their positions and their documents."""
+"""The record that travels with the tokens."""
 
 import equinox as eqx
 import jax
@@ -9,15 +9,15 @@ from ._types import Ids, TokenMask
 
 
 class TokenInfo(eqx.Module):
-    """The original position and the document of every token.
+    """The original position and the document of every token, in time order.
 
-    It is gathered together with the tokens. So a block that sees only a few tokens still rotates by
-    their true distances and attends inside one document only. Tokens stay in time order along their
-    axis. Positions may restart in each document of a packed sequence.
+    It is gathered with the tokens, so that a block that sees only a few of them still rotates by
+    their true distances and attends inside one document only.
 
     **Arguments:**
 
-    - `positions`: `[*groups, tokens]`, original positions in tokens, for rotary embeddings.
+    - `positions`: `[*groups, tokens]`, original positions in tokens, for rotary embeddings. They
+        may restart in each document.
     - `segment_ids`: `[*groups, tokens]`, the number of the document inside the sequence, from 1.
         Segment 0 is padding: never selected, never a key, counted in no loss or metric.
 

@@ -1,8 +1,7 @@
 """The array types that most signatures share, and their axes.
 
-One alphabet everywhere: `groups` (leading axes; tokens compete for slots inside their group),
-`tokens`, `dim`, `experts`, `choices` (experts, then no-op experts), `slots`, `heads`, `kv_heads`,
-`head_dim`, `vocab`, `batch`, `layers`.
+One alphabet everywhere. Tokens compete for slots inside their group (`groups` are leading axes);
+`choices` are the experts, then the no-op experts. Others: `heads kv_heads head_dim vocab layers`.
 """
 
 from collections.abc import Callable

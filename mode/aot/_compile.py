@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .. import parallel
 from .._dtypes import is_shaped
-from ..parallel import (
-    BATCH_RULES,
-    DECODE_RULES,
-    PARAMETER_RULES,
-    ShardingRule,
-    array_roles,
-    named_shardings,
-)
 from ._hlo import Collective, parse_collectives
 from ._targets import H100, mesh_for
 
@@ -26,9 +19,7 @@ from ._targets import H100, mesh_for
 class OutOfMemory(RuntimeError):
     """Raised for a program that needs more memory than a device of the target has.
 
-    **Attributes:**
-
-    - `needed`, `available`: bytes on one device.
+    **Attributes:** `needed`, `available`: bytes on one device.
     """
 
     def __init__(self, message: str, needed: int, available: int):
@@ -93,7 +84,7 @@ def compile_for(
     function: Callable[..., Any],
     *args: Any,
     axes: Mapping[str, int] | None = None,
-    rules: Sequence[tuple[ShardingRule, ...]] | None = None,
+    rules: Sequence[parallel.Rules] | None = None,
     donate: Sequence[int] = (),
 ) -> Compiled:
     """Compiles `function(*args)` with XLA for a target that this machine need not have.
@@ -103,14 +94,12 @@ def compile_for(
     - `target`, `axes`: as `mesh_for` takes them.
     - `args`: modules, arrays, or shapes (`jax.ShapeDtypeStruct`); nothing is allocated. Values that
         are not arrays are constants of the program.
-    - `rules`: those of `named_shardings`, for each argument. By default `DECODE_RULES` for a
-        `DecodeState`, `BATCH_RULES` for an array or a tree of integers, `PARAMETER_RULES` for
-        everything else.
+    - `rules`: as `named_shardings` takes them, for each argument. By default `DECODE_RULES` for a
+        `DecodeState`, `BATCH_RULES` for an array or a tree of integers, else `PARAMETER_RULES`.
     - `donate`: indices of the arguments whose memory results may use.
 
     **Raises:** `OutOfMemory`; `ValueError` for a program that calls back to Python, or `rules` of
-    another number than the arguments; the compiler's own error for anything else that it does not
-    accept; and as `mesh_for`.
+    another number than the arguments; what `mesh_for` raises; else the compiler's own error.
 
         model = mode.mod_transformer(256, 512, depth=8, num_heads=8, key=jax.random.key(0))
         tokens = jax.ShapeDtypeStruct((16, 512), jnp.int32)
@@ -124,19 +113,16 @@ def compile_for(
             f"{len(rules)}. `PARAMETER_RULES` is for modules, `BATCH_RULES` for batches."
         )
     mesh = mesh_for(target, axes)
-    parts = [eqx.partition(arg, is_shaped) for arg in args]
-    shapes = [
-        jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            arrays,
-            named_shardings(arrays, mesh, rule),
-        )
-        for (arrays, _), rule in zip(parts, rules, strict=True)
-    ]
+    arrays, constants = eqx.partition(args, is_shaped)
+    pairs = zip(arrays, rules, strict=True)
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        arrays,
+        tuple(parallel.named_shardings(tree, mesh, rule) for tree, rule in pairs),
+    )
 
     def run(*arrays: PyTree) -> PyTree:
-        whole = (eqx.combine(part, rest) for part, (_, rest) in zip(arrays, parts, strict=True))
-        return eqx.filter(function(*whole), eqx.is_array)
+        return eqx.filter(function(*eqx.combine(arrays, constants)), eqx.is_array)
 
     try:
         with jax.set_mesh(mesh):
@@ -168,12 +154,12 @@ def compile_for(
     )
 
 
-def _rules_for(arg: Any) -> tuple[ShardingRule, ...]:
-    if any("caches" in array.roles for array in array_roles(arg)):
-        return DECODE_RULES
+def _rules_for(arg: Any) -> parallel.Rules:
+    if any("caches" in array.roles for array in parallel.array_roles(arg)):
+        return parallel.DECODE_RULES
     shaped = [leaf for leaf in jax.tree.leaves(arg) if is_shaped(leaf)]
     integers = all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in shaped)
-    return BATCH_RULES if is_shaped(arg) or integers else PARAMETER_RULES
+    return parallel.BATCH_RULES if is_shaped(arg) or integers else parallel.PARAMETER_RULES
 
 
 def device_memory_bytes(target: str) -> int:

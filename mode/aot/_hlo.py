@@ -55,22 +55,20 @@ def parse_collectives(text: str) -> list[Collective]:
         else:
             lines.append(line)
     times = _times(computations)
-    collectives = []
-    channels: set[tuple[str, str]] = set()
+    collectives: dict[object, Collective] = {}
     for computation, lines in computations.items():
+        scattered = computation.startswith("all-reduce-scatter")
         for match in filter(None, map(_COLLECTIVE.search, lines)):
-            if channel := _CHANNEL.search(match["rest"]):
-                if (match["kind"], channel[1]) in channels:
-                    continue
-                channels.add((match["kind"], channel[1]))
             sizes = [_bytes(dtype, shape) for dtype, shape in _SHAPE.findall(match["result"])]
             # The start of an exchange returns its operand with the result, the larger of the two.
             size = max(sizes, default=0) if match["start"] else sum(sizes)
-            scattered = computation.startswith("all-reduce-scatter")
             kind = "reduce-scatter" if scattered else match["kind"]
-            name = _NAME.search(match["rest"])
-            collectives.append(Collective(kind, size, name[1] if name else "", times[computation]))
-    return collectives
+            name, channel = _NAME.search(match["rest"]), _CHANNEL.search(match["rest"])
+            collective = Collective(kind, size, name[1] if name else "", times[computation])
+            # Without a channel, each is another.
+            key = (match["kind"], channel[1]) if channel else match
+            collectives.setdefault(key, collective)
+    return list(collectives.values())
 
 
 def _times(computations: dict[str, list[str]]) -> dict[str, int | None]:

@@ -55,13 +55,11 @@ def mesh_for(target: str, axes: Mapping[str, int] | None = None) -> Mesh:
 
 
 def _devices(target: str) -> Sequence[Any]:
+    from jax.experimental.topologies import get_topology_desc  # is not free: at first use
+
     if target == "cuda:h100":
         _need("jax_plugins.xla_cuda13", "aot-gpu", target)
-        from jax.experimental import topologies
-
-        return topologies.get_topology_desc(
-            "", "cuda", topology="1x1x1", target_config=H100
-        ).devices
+        return get_topology_desc("", "cuda", topology="1x1x1", target_config=H100).devices
     match = re.fullmatch(r"tpu:(\w+):(\d+(?:x\d+)+)", target)
     if match is None:
         raise ValueError(
@@ -69,14 +67,12 @@ def _devices(target: str) -> Sequence[Any]:
             f"got {target!r}."
         )
     _need("libtpu", "aot-tpu", target)
-    # Without these the compiler looks up on the network which TPU this machine is a part of, and
-    # lets one process at a time compile.
+    # Or the compiler queries the network about the TPU that this machine is a part of, and lets one
+    # process at a time compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    from jax.experimental import topologies
-
     generation, sides = match[1], [int(side) for side in match[2].split("x")]
     # The compiler ends the process if these have longer sides.
     if generation in ("v5e", "v6e") and max(sides) > 16:
@@ -87,7 +83,7 @@ def _devices(target: str) -> Sequence[Any]:
     # The host of a single chip has that chip alone; the hosts of larger topologies have four.
     single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sides) == 1 else {}
     try:
-        return topologies.get_topology_desc(target.removeprefix("tpu:"), "tpu", **single).devices
+        return get_topology_desc(target.removeprefix("tpu:"), "tpu", **single).devices
     except RuntimeError as error:
         raise ValueError(
             f"`target` must be a topology that exists, as `tpu:v5e:4x4`, got {target!r}: {error}"

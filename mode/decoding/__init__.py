@@ -6,6 +6,10 @@ from ._generate import (
     generate as generate,
 )
 from ._sampler import Sampler as Sampler
-from ._speculation import decode_tokens as decode_tokens, rewind as rewind
 from ._state import DecodeState as DecodeState
-from ._steps import decode_step as decode_step, prefill as prefill
+from ._steps import (
+    decode_step as decode_step,
+    decode_tokens as decode_tokens,
+    prefill as prefill,
+    rewind as rewind,
+)

@@ -5,18 +5,21 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Shaped
 
-from .._checks import check_count
+from .._checks import check_count, is_known
 from .._types import Sequences
 from ..models import Transformer
 from ..nn import Routings
-from ._advance import advance
 from ._checks import check_model, check_prompt, check_state
 from ._sampler import Sampler
-from ._state import DecodeState
-from ._steps import read_prompts
+from ._state import DecodeState, NewTokens, advance
+from ._steps import prefill
+
+
+RandomKeys = Shaped[Array, "batch ..."]
 
 
 class Generation(eqx.Module):
@@ -41,36 +44,35 @@ class Generation(eqx.Module):
 
 def generate(
     model: Transformer,
-    prompts: Int[Array, "batch tokens"],
+    prompts: NewTokens,
     lengths: Sequences | None = None,
     *,
     steps: int,
     sampler: Sampler = Sampler(temperature=0),
-    keys: Shaped[Array, "batch ..."] | None = None,
+    keys: RandomKeys | None = None,
     stop_token: int | None = None,
     max_tokens: int | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `steps` tokens.
 
     The text of a sequence depends on its prompt and key alone: neither on the other sequences, nor
-    on the padding of the shorter prompts. (Where a layer has fewer slots than there are tokens,
-    under a `max_capacity` below 1 or `TokenChoice`, slots are a fraction of `max_tokens`: give the
-    same to compare.)
+    on the padding of the shorter prompts. (Under a `max_capacity` below 1 or `TokenChoice`, slots
+    are a fraction of `max_tokens`: give the same to compare.)
 
     **Arguments:**
 
-    - `model`: a model that decides token by token, `make_causal(model)`;
-        `unstack_layers(make_causal(model))` decodes fastest.
-    - `prompts`, `lengths`: as `prefill` takes them.
+    - `model`, `prompts`, `lengths`: as `prefill` takes them; `unstack_layers(make_causal(model))`
+        decodes fastest.
     - `steps`: new tokens of each sequence, at least 1.
     - `sampler`: draws a token from logits; by default the likeliest.
-    - `keys`: `[batch]`, one key per sequence, such as `jax.random.split(key, batch)`; may be left
-        out at temperature 0.
+    - `keys`: one per sequence, such as `jax.random.split(key, batch)`; not needed at temperature 0.
     - `stop_token`: a token after which a sequence is done; when all are, so is the program.
     - `max_tokens`: size of the caches; by default what the longest prompt and `steps` need.
 
     **Raises:** `ValueError` for steps below 1, prompts and steps that do not fit `max_tokens`, keys
     that are missing or not one per sequence, a stop token outside the vocabulary; and as `prefill`.
+    `FloatingPointError` where logits are not finite; inside a larger program, which cannot raise,
+    such tokens are -1.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
@@ -84,16 +86,17 @@ def generate(
     """
     check_model(model)
     steps = check_count("steps", steps, 1)
-    needed = jnp.shape(prompts)[-1] + steps if jnp.ndim(prompts) else steps
+    prompts, lengths = check_prompt("prompts", model, prompts, lengths)
+    batch, longest = prompts.shape
+    needed = longest + steps
     max_tokens = needed if max_tokens is None else check_count("max_tokens", max_tokens, 1)
-    prompts, lengths = check_prompt("prompts", model, prompts, lengths, max_tokens)
     if needed > max_tokens:
         raise ValueError(
             f"`steps` and `prompts` must fit into max_tokens={max_tokens}, got {steps} steps after "
-            f"{prompts.shape[-1]} tokens. Raise `max_tokens`, or ask for fewer steps."
+            f"{longest} tokens. Raise `max_tokens`, ask for fewer steps, or cut the prompts."
         )
-    stop_token = _check_sampling(model, prompts.shape[0], sampler, keys, stop_token)
-    state, _ = read_prompts(model, prompts, lengths, max_tokens, prompts.shape[1])
+    stop_token = _check_sampling(model, batch, sampler, keys, stop_token)
+    state, _ = prefill(model, prompts, lengths, max_tokens=max_tokens)
     return continue_generation(
         model, state, steps=steps, sampler=sampler, keys=keys, stop_token=stop_token
     )
@@ -105,7 +108,7 @@ def continue_generation(
     *,
     steps: int,
     sampler: Sampler = Sampler(temperature=0),
-    keys: Shaped[Array, "batch ..."] | None = None,
+    keys: RandomKeys | None = None,
     stop_token: int | None = None,
 ) -> Generation:
     """Continues a batch from its state by up to `steps` tokens.
@@ -120,7 +123,7 @@ def continue_generation(
         to their stop token are done. Its arrays are **donated**: go on from the result.
     - `steps`, `sampler`, `keys`, `stop_token`: as `generate` takes them.
 
-    **Raises:** `ValueError` as `generate`, for a `state` of another model, one that was donated
+    **Raises:** as `generate`; `ValueError` for a `state` of another model, one that was donated
     before, or one that has no room for `steps` tokens more.
 
     >>> import jax, jax.numpy as jnp, mode
@@ -134,16 +137,10 @@ def continue_generation(
     """
     check_model(model)
     steps = check_count("steps", steps, 1)
-    done = None
-    if isinstance(state, Generation):
-        state, done = state.state, state.done
-    state = check_state(state)
-    batch = state.length.shape[0]
-    stop_token = _check_sampling(model, batch, sampler, keys, stop_token)
-    if done is None:
-        # Computed from `length`, to lie where it does: elsewhere the next piece would be another
-        # program.
-        done = state.length < 0
+    state, done = (state.state, state.done) if isinstance(state, Generation) else (state, None)
+    stop_token = _check_sampling(model, check_state(state), sampler, keys, stop_token)
+    # Made of `length`, to lie where it does: elsewhere the next piece would be another program.
+    done = state.length < 0 if done is None else done
     if not isinstance(state.length, Tracer):
         longest = int(jnp.max(jnp.where(done, 0, state.length)))
         if longest + steps > state.max_tokens:
@@ -152,7 +149,10 @@ def continue_generation(
                 f"{longest} tokens. Prefill with a larger `max_tokens`, or ask for fewer steps."
             )
     # What is kept comes first: the rest, the state, is donated.
-    return _generate((model, sampler, keys, stop_token, steps, done), state)
+    generation = _generate((model, sampler, keys, stop_token, steps, done), state)
+    if is_known(generation.tokens):
+        _check_drawn(generation)
+    return generation
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -160,16 +160,11 @@ def _generate(kept: tuple[Any, ...], state: DecodeState) -> Generation:
     model, sampler, keys, stop_token, steps, done = kept
     start = state.length
 
-    def draw(state: DecodeState) -> Sequences:
-        if keys is None:
-            return jax.vmap(sampler)(state.logits).astype(jnp.int32)
-        # By the position in the text: the same draws however the steps are split over calls.
-        step_keys = jax.vmap(jax.random.fold_in)(keys, state.length)
-        return jax.vmap(sampler)(state.logits, step_keys).astype(jnp.int32)
-
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, state, done, tokens, routings = carry
-        token = draw(state)
+        # By the position in the text: the same draws however the steps are split over calls.
+        step_keys = None if keys is None else jax.vmap(jax.random.fold_in)(keys, state.length)
+        token = jax.vmap(sampler)(state.logits, step_keys).astype(jnp.int32)
         if stop_token is not None:
             token = jnp.where(done, stop_token, token)
         state, routed = advance(model, state, token[:, None], (~done).astype(jnp.int32))
@@ -190,12 +185,19 @@ def _generate(kept: tuple[Any, ...], state: DecodeState) -> Generation:
     return Generation(tokens, state.length - start, done, state, routings)
 
 
+def _check_drawn(generation: Generation) -> None:
+    tokens = np.asarray(generation.tokens)
+    if (tokens < 0).any():
+        row, step = np.argwhere(tokens < 0)[0]
+        raise FloatingPointError(
+            f"the logits of sequence {row} are not finite at new token {step}: NaN, or an overflow "
+            "of a narrow dtype. Prefill again with a model whose parameters and activations are "
+            "finite."
+        )
+
+
 def _check_sampling(
-    model: Transformer,
-    batch: int,
-    sampler: Sampler,
-    keys: Shaped[Array, "batch ..."] | None,
-    stop_token: int | None,
+    model: Transformer, batch: int, sampler: Sampler, keys: Any, stop_token: int | None
 ) -> int | None:
     vocab = model.embedding.shape[0]
     if stop_token is not None:
@@ -206,12 +208,8 @@ def _check_sampling(
             )
     if not isinstance(sampler, Sampler):
         raise ValueError(f"`sampler` must be a `Sampler`, got {type(sampler).__name__}.")
-    if sampler.temperature > 0 or keys is not None:
-        _check_keys(keys, batch)
-    return stop_token
-
-
-def _check_keys(keys: object, batch: int) -> None:
+    if sampler.temperature is None and keys is None:
+        return stop_token
     shape, dtype = getattr(keys, "shape", None), getattr(keys, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     # Old-style keys are rows of numbers.
@@ -221,3 +219,4 @@ def _check_keys(keys: object, batch: int) -> None:
             f"above 0, got {type(keys).__name__ if shape is None else f'an array of shape {shape}'}"
             ". `jax.random.split(key, batch)` makes them."
         )
+    return stop_token

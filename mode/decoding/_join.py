@@ -1,12 +1,13 @@
 """Join the routings of consecutive pieces of a text into those of the whole."""
 
-from typing import Any
+import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from .._types import Ids, SlotIndex
+from .._types import Ids
 from ..nn import MixtureOfDepths, Routings
 from ..routing import Router, Routing
 
@@ -28,7 +29,9 @@ def join_routings(model: PyTree, pieces: list[Routings]) -> Routings:
         # Empty slots stand behind those that hold a token.
         order = jnp.argsort(routing.index, axis=-1)
         orders.append(order[..., 0, :])
-        joined.append(_with_slots_in(routing, order))
+        index = jnp.take_along_axis(routing.index, order, axis=-1)
+        weight = jnp.take_along_axis(routing.weight, order, axis=-1)
+        joined.append(dataclasses.replace(routing, index=index, weight=weight))
     return tuple(joined)
 
 
@@ -36,13 +39,12 @@ def _outer_routers(model: PyTree) -> list[int | None]:
     """For each router of the model, the number of the router of the depth that it is inside."""
     outer: list[int | None] = []
 
-    def visit(node: PyTree, inside: int | None) -> None:
-        def stops(child: Any) -> bool:
-            return child is not node and isinstance(child, Router | MixtureOfDepths)
+    def is_found(node: PyTree) -> bool:
+        return isinstance(node, Router | MixtureOfDepths)
 
-        for child in jax.tree.leaves(node, is_leaf=stops):
-            if isinstance(child, Router | MixtureOfDepths):
-                outer.append(inside)
+    def visit(node: PyTree, inside: int | None) -> None:
+        for child in filter(is_found, jax.tree.leaves(node, is_leaf=is_found)):
+            outer.append(inside)
             if isinstance(child, MixtureOfDepths):
                 visit(child.block, len(outer) - 1)
 
@@ -52,8 +54,7 @@ def _outer_routers(model: PyTree) -> list[int | None]:
 
 def _concatenated(pieces: tuple[Routing, ...]) -> Routing:
     """The records one behind the other, with the empty slots of each piece where they are."""
-    num_tokens = sum(piece.num_tokens for piece in pieces)
-    starts = [sum(piece.num_tokens for piece in pieces[:index]) for index in range(len(pieces))]
+    *starts, num_tokens = itertools.accumulate((0, *(piece.num_tokens for piece in pieces)))
     index = [
         jnp.where(piece.filled, piece.index + start, num_tokens)
         for piece, start in zip(pieces, starts, strict=True)
@@ -71,32 +72,17 @@ def _concatenated(pieces: tuple[Routing, ...]) -> Routing:
 
 def _with_tokens_in(routing: Routing, order: Ids) -> Routing:
     """The same record of tokens that stand in another order."""
-    position = jnp.argsort(order, axis=-1)  # where each token comes to stand
-    position = jnp.broadcast_to(
-        position[..., None, :], (*routing.index.shape[:-1], order.shape[-1])
-    )
-    token = jnp.take_along_axis(position, jnp.minimum(routing.index, order.shape[-1] - 1), axis=-1)
+    num_tokens = order.shape[-1]
+    position = jnp.argsort(order, axis=-1)[..., None, :]  # where each token comes to stand
+    token = jnp.take_along_axis(position, jnp.minimum(routing.index, num_tokens - 1), axis=-1)
 
     def moved(values: Array) -> Array:
         return jnp.take_along_axis(values, order[..., None], axis=-2)
 
-    return Routing(
-        index=jnp.where(routing.filled, token, order.shape[-1]),
-        weight=routing.weight,
+    return dataclasses.replace(
+        routing,
+        index=jnp.where(routing.filled, token, num_tokens),
         logits=moved(routing.logits),
-        load=routing.load,
         valid=jnp.take_along_axis(routing.valid, order, axis=-1),
         predictor=None if routing.predictor is None else moved(routing.predictor),
-    )
-
-
-def _with_slots_in(routing: Routing, order: SlotIndex) -> Routing:
-    """The same record with its slots in another order."""
-    return Routing(
-        index=jnp.take_along_axis(routing.index, order, axis=-1),
-        weight=jnp.take_along_axis(routing.weight, order, axis=-1),
-        logits=routing.logits,
-        load=routing.load,
-        valid=routing.valid,
-        predictor=routing.predictor,
     )

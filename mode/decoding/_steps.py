@@ -1,24 +1,25 @@
-"""Prefill and decode steps: the prompts of a batch, then one token after the other."""
+"""Prefill and decode steps: the prompts of a batch, then one or several tokens, and back."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float
 
 from .._checks import check_count
 from .._types import Sequences
 from ..models import Transformer
-from ..nn import Routings
-from ._advance import NewTokens, advance, begin
-from ._checks import check_model, check_prompt, check_state, per_sequence
+from ..nn import Routings, map_caches
+from ._checks import check_model, check_prompt, check_range, check_state, check_tokens, per_sequence
 from ._join import join_routings
-from ._state import DecodeState
+from ._state import DecodeState, NewTokens, advance, advance_all, begin
 
 
 def prefill(
     model: Transformer,
-    tokens: Int[Array, "batch tokens"],
+    tokens: NewTokens,
     lengths: Sequences | None = None,
     *,
     max_tokens: int,
@@ -34,8 +35,7 @@ def prefill(
     - `max_tokens`: tokens of a sequence in all, prompt included: the size of the caches. That of a
         routed layer has `token_capacity(max_tokens, max_capacity)` slots, of the `max_capacity`
         given to `make_causal`.
-    - `chunk`: reads the prompts in pieces of so many tokens, which takes less memory and gives the
-        same result; by default in one.
+    - `chunk`: tokens to read at once: fewer take less memory, with the same result; by default all.
 
     **Returns:** `(state, routings)`: a `DecodeState` with the logits of the first token after each
     prompt, and the routings as the forward pass returns them.
@@ -53,21 +53,21 @@ def prefill(
     """
     check_model(model)
     max_tokens = check_count("max_tokens", max_tokens, 1)
-    tokens, lengths = check_prompt("tokens", model, tokens, lengths, max_tokens)
-    size = tokens.shape[1] if chunk is None else check_count("chunk", chunk, 1)
-    return read_prompts(model, tokens, lengths, max_tokens, size)
-
-
-def read_prompts(
-    model: Transformer, tokens: NewTokens, lengths: Sequences, max_tokens: int, size: int
-) -> tuple[DecodeState, Routings]:
-    """Runs `prefill` with arguments that were checked."""
+    tokens, lengths = check_prompt("tokens", model, tokens, lengths)
+    longest = tokens.shape[1]
+    if longest > max_tokens:
+        raise ValueError(
+            f"`tokens` must fit into the cache of max_tokens={max_tokens}, got prompts of "
+            f"{longest} tokens. Raise `max_tokens`, or cut the prompts."
+        )
+    size = longest if chunk is None else check_count("chunk", chunk, 1)
     first = jnp.minimum(lengths, size)
     state, routings = _compiled_begin(model, tokens[:, :size], first, max_tokens)
     pieces = [routings]
-    for start in range(size, tokens.shape[1], size):
+    for start in range(size, longest, size):
         piece = tokens[:, start : start + size]
-        state, routings = _step(model, state, piece, jnp.clip(lengths - start, 0, piece.shape[1]))
+        rest = jnp.clip(lengths - start, 0, piece.shape[1])
+        state, routings = _pass(advance, model, state, piece, rest)
         pieces.append(routings)
     return state, join_routings(model, pieces)
 
@@ -92,38 +92,97 @@ def decode_step(
 
     **Raises:** `ValueError` for another number of tokens than sequences, a `state` of another
     model, or one that was donated before; `equinox.EquinoxRuntimeError` when run for a sequence
-    that already has `max_tokens` tokens. A token that is no id makes its sequence NaN.
+    that already has `max_tokens` tokens. After a token that is no id, the logits are NaN.
     """
     check_model(model)
-    batch = check_state(state).length.shape[0]
-    tokens = per_sequence("tokens", tokens, batch, jnp.integer)
-    active = jnp.ones(batch, bool) if active is None else active
-    active = per_sequence("active", active, batch, jnp.bool_)
-    return _step(model, state, tokens[:, None], active.astype(jnp.int32))
+    batch = check_state(state)
+    tokens = per_sequence("tokens", tokens, batch)
+    active = per_sequence("active", active, batch, True)
+    return _pass(advance, model, state, tokens[:, None], active.astype(jnp.int32))
+
+
+def decode_tokens(
+    model: Transformer, state: DecodeState, tokens: NewTokens, lengths: Sequences | None = None
+) -> tuple[Float[Array, "batch new vocab"], DecodeState, Routings]:
+    """Appends several tokens to each sequence and returns the logits after each of them.
+
+    One pass for what would be several steps: for the tokens that a cheaper model drafted, whose
+    rejected rest `rewind` removes.
+
+    **Arguments:**
+
+    - `model`, `state`: as `decode_step` takes them; the caches are **donated**.
+    - `tokens`: `[batch, new]`.
+    - `lengths`: `[batch]`, how many of them to append to each sequence, from 0; by default all.
+
+    **Returns:** `(logits, state, routings)`: logits, `[batch, new, vocab]`, of the token after each
+    new one; the state and the routings as `decode_step` returns them.
+
+    **Raises:** as `decode_step`; `ValueError` for lengths outside 0 to `new`.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> model = mode.make_causal(model)
+    >>> state, _ = mode.prefill(model, jnp.zeros((2, 8), int), max_tokens=32)
+    >>> logits, state, _ = mode.decode_tokens(model, state, jnp.ones((2, 4), int))
+    >>> state = mode.rewind(state, jnp.array([9, 12]), logits[jnp.arange(2), jnp.array([0, 3])])
+    >>> logits.shape, state.length.tolist()
+    ((2, 4, 256), [9, 12])
+
+    *Source:* speculative decoding, arXiv:2211.17192, section 2.1.
+    """
+    check_model(model)
+    batch = check_state(state)
+    tokens = check_tokens("tokens", tokens)
+    if tokens.shape[0] != batch:
+        raise ValueError(
+            f"`tokens` must have one row per sequence, {batch}, got shape {tokens.shape}."
+        )
+    lengths = per_sequence("lengths", lengths, batch, tokens.shape[1]).astype(jnp.int32)
+    check_range("lengths", lengths, 0, tokens.shape[1])
+    return _pass(advance_all, model, state, tokens, lengths)
+
+
+def rewind(
+    state: DecodeState, lengths: Sequences, logits: Float[Array, "batch vocab"]
+) -> DecodeState:
+    """Removes the last tokens of each sequence, such as drafted ones that were rejected.
+
+    **Arguments:**
+
+    - `state`: its arrays are **donated**.
+    - `lengths`: `[batch]`, how many tokens each sequence keeps, from 0 to those that it has.
+    - `logits`: `[batch, vocab]`, of the token after the last one that is kept.
+
+    **Raises:** `ValueError` for a state that was donated before, shapes of another batch, and
+    lengths that are negative or above `max_tokens`.
+    """
+    lengths = per_sequence("lengths", lengths, check_state(state)).astype(jnp.int32)
+    check_range("lengths", lengths, 0, state.max_tokens)
+    if logits.shape != state.logits.shape:
+        raise ValueError(
+            f"`logits` must be those of one token per sequence, {state.logits.shape}, got "
+            f"{logits.shape}."
+        )
+    return _rewind(logits, lengths, state)
 
 
 _compiled_begin = eqx.filter_jit(begin)
 
 
-def _step(
-    model: Transformer, state: DecodeState, tokens: NewTokens, lengths: Sequences
-) -> tuple[DecodeState, Routings]:
-    rest, caches = split_caches(state)
-    return _donating_step((model, rest, tokens, lengths), caches)
+def _pass(run: Callable[..., Any], model: Transformer, state: DecodeState, *new: Array) -> Any:
+    """Runs `advance` or `advance_all`, compiled. Of the state, the caches alone are donated."""
+    return _donating_pass((run, model, dataclasses.replace(state, caches=()), new), state.caches)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _donating_step(kept: tuple[Any, ...], caches: Any) -> tuple[DecodeState, Routings]:
-    model, rest, tokens, lengths = kept
-    return advance(model, join_caches(rest, caches), tokens, lengths)
+def _donating_pass(kept: tuple[Any, ...], caches: Any) -> Any:
+    run, model, rest, new = kept
+    return run(model, dataclasses.replace(rest, caches=caches), *new)
 
 
-def split_caches(state: DecodeState) -> tuple[tuple[Any, ...], Any]:
-    """Takes the caches, which are donated, out of a state."""
-    return (state.logits, state.length, state.max_tokens, state.structure), state.caches
-
-
-def join_caches(rest: tuple[Any, ...], caches: Any) -> DecodeState:
-    """Puts the caches back."""
-    logits, length, max_tokens, structure = rest
-    return DecodeState(logits, length, max_tokens, structure, caches)
+@eqx.filter_jit(donate="all-except-first")
+def _rewind(logits: Array, lengths: Sequences, state: DecodeState) -> DecodeState:
+    lengths = jnp.minimum(lengths, state.length)
+    caches = map_caches(lambda cache: cache.rewind(lengths), state.caches)
+    return dataclasses.replace(state, logits=logits, length=lengths, caches=caches)

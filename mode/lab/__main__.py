@@ -1,10 +1,10 @@
 """The command `mode-lab`."""
 
-import importlib
 import os
 import shlex
 import sys
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Annotated, Any, Union
 
 
@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(args)):
             raise ValueError(f"arguments must be text in UTF-8, got {shlex.join(args)!r}.")
         name, options = _parse(args)
-        function: Any = _find(_COMMANDS[name][1])
+        function = resolve_name(f"{__package__}.{_COMMANDS[name][1]}")
         interrupts.check()
         # The text that `generate` makes goes to the standard output alone.
         function(options, make_console(stderr=name == "generate"))
@@ -70,17 +70,11 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _find(path: str) -> Any:
-    """The object at `module:name` in this package."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
-
-
 def _parse(args: list[str]) -> tuple[str, Any]:
     """The name of a command, and its options."""
     import tyro
 
-    kinds = {name: _find(options) for name, (options, _) in _COMMANDS.items()}
+    kinds = {name: resolve_name(f"{__package__}.{of}") for name, (of, _) in _COMMANDS.items()}
     defaults = {"plan": {"default": kinds["plan"].defaults(args if args[:1] == ["plan"] else [])}}
     commands = tuple(
         Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **defaults.get(name, {}))]

@@ -12,12 +12,11 @@ from .arms import NAMES, arm_named, arms_named
 from .budget import flops_per_step, steps_for, training_budget
 from .checkpoint import TrainSettings
 from .commands import Ablation as Ablation, Rereport, Training
-from .console import say
+from .console import progress, say
 from .data import read_corpus
 from .files import Record
 from .folder import check_out, claim, read_settings, settings_format
 from .options import absolute_glob, check_options, command_line
-from .progress import progress
 from .report import write_report
 from .run import load_result, train_arm
 
@@ -36,21 +35,12 @@ class AblationSettings(Record):
 
         **Raises:** `ValueError` for a budget of less than two steps.
         """
-        ablation, arm = self.options, arm_named(name)
-        budget = training_budget(ablation.budget, ablation.size)
-        steps = steps_for(arm, budget, flops_per_step(arm, ablation.size))
-        options = Training(
-            out=out / "arms" / name,
-            arm=name,
-            steps=steps,
-            data=ablation.data,
-            seed=ablation.seed,
-            held_out=ablation.held_out,
-            save_every=steps,
-            keep=1,
-            size=ablation.size,
-            recipe=ablation.recipe,
-        )
+        budget = training_budget(self.options.budget, self.options.size)
+        per_step = flops_per_step(arm_named(name), self.options.size)
+        steps = steps_for(arm_named(name), budget, per_step)
+        alike = ("data", "seed", "held_out", "size", "recipe")
+        shared = {field: getattr(self.options, field) for field in alike}
+        options = Training(out / "arms" / name, name, steps, save_every=steps, keep=1, **shared)
         return TrainSettings(options=options, corpus=self.corpus)
 
 
@@ -68,12 +58,9 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
     settings = AblationSettings(options=options, corpus=corpus.fingerprint)
     arms = {name: settings.arm(out, name) for name in names}  # before anything is written
     claim(out, settings, besides=("out", "data", "arms"))
-    say(
-        console,
-        f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} bytes), "
-        f"{len(corpus.held_out.names)} held out; "
-        f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm.",
-    )
+    files = f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} bytes)"
+    budget = f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm"
+    say(console, f"{files}, {len(corpus.held_out.names)} held out; {budget}.")
     pending = [name for name in names if load_result(out / "arms" / name, arms[name]) is None]
     for name in names:
         if name not in pending:
@@ -83,12 +70,8 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
             training = arms[name].options
             with bars.arm(name, training.steps) as watch:
                 result = train_arm(training, corpus, console, watch)
-            bits, causal = result.evaluation.bits_top_k, result.evaluation.bits_causal
-            say(
-                console,
-                f"{name}: {training.steps} steps in {result.seconds:.0f} s, held out {bits:.3f} "
-                f"bits per byte, causal {causal:.3f}.",
-            )
+            steps = f"{training.steps} steps in {result.seconds:.0f} s"
+            say(console, f"{name}: {steps}, {result.held_out}.")
     report(out, console)
 
 

@@ -1,9 +1,7 @@
-"""The pictures of an analysis, at the width at which a paper prints them.
-
-Two rules of selection are told apart by their place and their colour.
-"""
+"""The pictures of an analysis; rules of selection differ in their place and their colour."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +44,29 @@ READING = {
 
 
 def plot_analysis(out: Path, summary: Summary, routing_map: RoutingMap, about: str) -> list[str]:
-    """Draws the pictures of a routed model, each as a PNG and a PDF.
+    """Draws the pictures of a routed model in a folder, each as a PNG and a PDF.
 
-    **Arguments:**
-
-    - `out`: the folder to write to.
-    - `about`: the model and its text, for the captions.
+    `about`, the model and its text, ends each caption.
 
     **Returns:** the names of the pictures, which are in `READING`.
     """
-    drawings: dict[str, Callable[[], Figure]] = {
-        "routing_map": lambda: routing_map.draw(summary.unit),
-        "router_weights": lambda: _router_weights(summary),
-        "depth_used": lambda: _depth_used(summary),
-        "compute_by_class": lambda: _compute_by_class(summary),
-        "compute_and_entropy": lambda: _compute_and_entropy(summary),
+    drawings: dict[str, Callable[[Summary], Figure]] = {
+        "routing_map": lambda summary: routing_map.draw(summary.unit),
+        "router_weights": _router_weights,
+        "depth_used": _depth_used,
+        "compute_by_class": _compute_by_class,
+        "compute_and_entropy": _compute_and_entropy,
     }
     if summary.loads["expert"].max() > 1:
-        drawings["expert_loads"] = lambda: _expert_loads(summary)
-    where = f"{READING['routing_map']} The passage begins in {routing_map.document}."
+        drawings["expert_loads"] = _expert_loads
+    where = f" The passage begins in {routing_map.document}."
     for name, draw in drawings.items():
-        reading = where if name == "routing_map" else READING[name]
-        save_figure(draw, out / f"{name}.png", out / f"{name}.pdf", text=(reading, about))
+        text = (READING[name] + (where if name == "routing_map" else ""), about)
+        save_figure(partial(draw, summary), out / f"{name}.png", out / f"{name}.pdf", text=text)
     return list(drawings)
 
 
 def _router_weights(summary: Summary) -> Figure:
-    """Draws histograms of the gate's output: a row for each layer, a column for each selection."""
     frames = summary.of("histograms")
     layers = next(iter(frames.values())).drop_duplicates(["router", "layer"])
     rows = []
@@ -88,8 +82,8 @@ def _router_weights(summary: Summary) -> Figure:
             edges = [*bins["left"], bins["right"].iloc[-1]]
             total = max(bins[["selected", "skipped"]].to_numpy().sum(), 1)
             axes.stairs(bins["skipped"] / total, edges, fill=True, color=_SKIPPED)
-            colour = _COLOURS[selection]
-            axes.stairs(bins["selected"] / total, edges, fill=True, color=colour, alpha=0.85)
+            style = {"color": _COLOURS[selection], "alpha": 0.85}
+            axes.stairs(bins["selected"] / total, edges, fill=True, **style)
             axes.set(yticks=[], xlim=(edges[0], edges[-1]))
             axes.spines["left"].set_visible(False)
             is_last = row is rows[-1] or rows[number + 1]["router"] != row["router"]
@@ -99,13 +93,12 @@ def _router_weights(summary: Summary) -> Figure:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")
         grid[0, column].set_title(selection)
         grid[-1, column].set_xlabel("router weight")
-    colours = {f"selected, {name}": _COLOURS[name] for name in frames}
-    add_legend(figure, {"not selected": _SKIPPED} | colours)
+    selected = {f"selected, {name}": _COLOURS[name] for name in frames}
+    add_legend(figure, {"not selected": _SKIPPED} | selected)
     return figure
 
 
 def _depth_used(summary: Summary) -> Figure:
-    """Draws bars of the tokens by their compute, and dots for independent layers."""
     frames = summary.of("depths")
     figure = Figure(figsize=(COLUMN, 2.2))
     axes = figure.add_subplot()
@@ -118,9 +111,8 @@ def _depth_used(summary: Summary) -> Figure:
         label = f"{selection}, mean {(frame['compute'] * frame['fraction']).sum():.2f}"
         axes.bar(x, frame["fraction"], 0.92 * width, color=_COLOURS[selection], label=label)
         likely = frame["independent"].where(frame["independent"] > _RARE)
-        style = {"color": INK, "markerfacecolor": "white", "linestyle": "none", "clip_on": False}
         label = None if number else f"if {units} selected independently"
-        axes.plot(x, likely, "o", label=label, **style)
+        axes.plot(x, likely, "o", color=INK, mfc="white", clip_on=False, label=label)
     axes.set(xlabel=_compute_label(summary), ylabel="fraction of the tokens")
     axes.set_xlim(-0.6, seen + 0.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -137,7 +129,6 @@ def _compute_label(summary: Summary) -> str:
 
 
 def _compute_by_class(summary: Summary) -> Figure:
-    """Draws the fractions of each class of bytes, and its compute against the average."""
     kept = {name: frame[frame["tokens"] > 0] for name, frame in summary.of("classes").items()}
     first = next(iter(kept.values()))
     figure = Figure(figsize=(1.5 * COLUMN, 0.36 * len(first) + 0.9))
@@ -151,22 +142,18 @@ def _compute_by_class(summary: Summary) -> Figure:
         fractions.barh(at, frame["compute_fraction"], 0.9 * height, color=colour)
         ends = frame[["ratio_low", "ratio_high"]].sub(frame["ratio"], axis=0).abs().T
         ratios.errorbar(frame["ratio"], at, xerr=ends, fmt="o", color=colour, clip_on=False)
-    fractions.set_yticks(y, first["class"])
+    fractions.set(xlabel="fraction", yticks=y, yticklabels=first["class"])
     fractions.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    fractions.set_xlabel("fraction")
     ratios.axvline(1, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)))
-    ratios.set_xlim(left=0)
-    ratios.set_xlabel("compute per token, average = 1")
+    ratios.set(xlabel="compute per token, average = 1", xlim=(0, None))
     for axes in (fractions, ratios):
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-    colours = {f"of compute, {name}": _COLOURS[name] for name in kept}
-    add_legend(figure, {"of tokens": GREY} | colours)
+    add_legend(figure, {"of tokens": GREY} | {f"of compute, {n}": _COLOURS[n] for n in kept})
     return figure
 
 
 def _compute_and_entropy(summary: Summary) -> Figure:
-    """Draws the entropy of predictions by compute, a panel for each selection."""
     frames = summary.of("depths")
     figure = Figure(figsize=(COLUMN if len(frames) == 1 else 1.5 * COLUMN, 2.3))
     grid = figure.subplots(1, len(frames), sharex=True, sharey=True, squeeze=False)[0]
@@ -174,9 +161,9 @@ def _compute_and_entropy(summary: Summary) -> Figure:
         _draw_boxes(axes, frame, _COLOURS[selection])
         total = summary.of("totals")[selection].iloc[0]
         text = f"$r$ = {total['pearson']:.2f}, $\\rho$ = {total['spearman']:.2f}"
-        defined = np.isfinite(total["pearson"])
-        axes.set_title(f"{selection}\n{text if defined else 'no correlation defined'}")
-        axes.set_xlabel(_compute_label(summary).replace(" that", "\nthat"))
+        text = text if np.isfinite(total["pearson"]) else "no correlation defined"
+        label = _compute_label(summary).replace(" that", "\nthat")
+        axes.set(title=f"{selection}\n{text}", xlabel=label)
     grid[0].set_ylabel("entropy of the prediction (bits)")
     grid[0].set_ylim(0, 1.05 * np.nanmax(summary.depths[["95%", "mean"]].to_numpy()))
     return figure
@@ -204,7 +191,6 @@ def _draw_boxes(axes: Axes, frame: pd.DataFrame, colour: str) -> None:
 
 
 def _expert_loads(summary: Summary) -> Figure:
-    """Draws the fraction of a layer's tokens that each expert selected, as a table of shades."""
     loads = summary.loads.groupby("router").filter(lambda part: part["expert"].max() > 1)
     routers, frames = loads["router"].unique(), summary.of("loads")
     experts, top = loads["expert"].max(), float(loads["fraction"].max()) or 1.0
@@ -226,9 +212,9 @@ def _expert_loads(summary: Summary) -> Figure:
             axes.set_yticks(range(0, len(table), every), table.index[::every])
             for (y, x), fraction in np.ndenumerate(table.to_numpy()):
                 if step == 1 and np.isfinite(fraction):
-                    style = {"ha": "center", "va": "center", "fontsize": 6.5}
                     colour = "white" if fraction > 0.6 * top else INK
-                    axes.text(x, y, f"{100 * fraction:.1f}", color=colour, **style)
+                    style = {"ha": "center", "va": "center", "fontsize": 6.5, "color": colour}
+                    axes.text(x, y, f"{100 * fraction:.1f}", **style)
             axes.set(title=selection, xlabel="expert")
             if not column:
                 axes.set_ylabel("layer, inside its block" if part["nested"].all() else "layer")

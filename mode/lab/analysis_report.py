@@ -22,7 +22,7 @@ from .versions import PACKAGES, versions
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What is analysed: the run, its text in a few words, and what a reader must know of it."""
+    """The run that is analysed, its text in a few words, and what a reader must know of it."""
 
     checkpoint: str
     arm: str
@@ -34,7 +34,7 @@ class About:
 
 
 class AnalysisRecord(Record):
-    """`analysis.json`. `summary.Summary` describes the columns of the tables."""
+    """`analysis.json`. `Summary` describes the columns of the tables."""
 
     format = "mode-lab analysis"
     version = 1
@@ -54,8 +54,7 @@ def _interval(cell: tuple[float, float, float]) -> str:
 
 
 def _quantiles(cell: tuple[float, float, float]) -> str:
-    middle, low, high = (f"{number:z.3f}" for number in cell)
-    return f"{middle} ({low} to {high})"
+    return "{:z.3f} ({:z.3f} to {:z.3f})".format(*cell)
 
 
 # The titles and formats of the columns of tables.
@@ -77,11 +76,6 @@ _COLUMNS: dict[str, tuple[str, Format]] = {
     "noop": ("no-op probability", ".1%"),
 }
 _FORMATS = dict(_COLUMNS.values())
-_CAUSAL_ALREADY = " The selection of this model is causal in training already: it is shown once."
-_UNDER_RULE = (
-    " The last {:.0f} % of a training of this arm run under the causal rule, with the slots of "
-    "top-k."
-)
 
 
 def write_analysis(
@@ -89,9 +83,7 @@ def write_analysis(
 ) -> None:
     """Writes `analysis.json`, `analysis.md` and the pictures, and prints a short table.
 
-    **Arguments:**
-
-    - `routing_map`: `None` where nothing is routed.
+    `routing_map` is `None` where nothing is routed.
     """
     out.mkdir(parents=True, exist_ok=True)
     total = summary.totals.iloc[0]
@@ -104,27 +96,28 @@ def write_analysis(
     write_record(out / "analysis.json", record)
     pictures = [] if routing_map is None else plot_analysis(out, summary, routing_map, heading)
     arm = arm_named(about.arm)
-    notes = (f"From {about.checkpoint}.", *about.notes)
-    trained = _UNDER_RULE.format(100 * arm.under_rule) if arm.under_rule else ""
-    tables = [_totals(summary), _classes(summary)]
+    trained = ""
+    if arm.rule is None:
+        trained = " The selection of this model is causal in training already: it is shown once."
+    elif arm.under_rule:
+        last = f" The last {100 * arm.under_rule:.0f} % of a training of this arm run"
+        trained = f"{last} under the causal rule, with the slots of top-k."
+    tables = {"totals": _totals(summary), "classes": _classes(summary)}
     if routing_map is not None:
-        tables += [_depths(summary), _routers(summary)]
-    names = ("totals", "classes", "depths", "routers")
+        tables |= {"depths": _depths(summary), "routers": _routers(summary)}
     text = prose(
         "analysis_dense" if routing_map is None else "analysis",
         heading=escape(heading),
-        arm=arm.name,
-        description=arm.description,
-        notes="".join(f"- {escape(note)}\n" for note in notes),
+        arm=arm,
+        summary=summary,
+        total=total,
+        notes="".join(f"- {escape(n)}\n" for n in (f"From {about.checkpoint}.", *about.notes)),
         pictures="".join(f"![{READING[name]}]({name}.png)\n\n" for name in pictures),
-        trained=_CAUSAL_ALREADY if arm.rule is None else trained,
-        unit=summary.unit,
-        max_compute=summary.max_compute,
-        sequences=total["sequences"],
+        trained=trained,
         few=FEW,
         definitions=prose("byte_classes"),
         versions="\n".join(f"- {name} {number}" for name, number in record.versions.items()),
-        **{name: to_markdown(table, _FORMATS) for name, table in zip(names, tables, strict=False)},
+        **{name: to_markdown(table, _FORMATS) for name, table in tables.items()},
     )
     write_text(out / "analysis.md", text)
     say(console, heading)
@@ -132,8 +125,8 @@ def write_analysis(
         say(console, note, "bold")
     if routing_map is None:
         say(console, "Nothing is routed: every layer computes every token.")
-    for table in tables[:2]:
-        console.print(to_console(table, _FORMATS))
+    for name in ("totals", "classes"):
+        console.print(to_console(tables[name], _FORMATS))
     say(console, f"Numbers, pictures and how to read them: {out / 'analysis.md'}")
 
 
@@ -151,10 +144,9 @@ def _intervals(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def _totals(summary: Summary) -> pd.DataFrame:
-    names = ["selection", "bits_per_byte", "entropy"]
-    if summary.layers:
-        names += ["compute", "pearson", "spearman"]
-    return _table(_intervals(summary.totals, "pearson", "spearman"), names)
+    routed = ["compute", "pearson", "spearman"] if summary.layers else []
+    frame = _intervals(summary.totals, "pearson", "spearman")
+    return _table(frame, ["selection", "bits_per_byte", "entropy", *routed])
 
 
 def _classes(summary: Summary) -> pd.DataFrame:
@@ -173,9 +165,8 @@ def _depths(summary: Summary) -> pd.DataFrame:
 
 def _routers(summary: Summary) -> pd.DataFrame:
     frame = summary.routers.copy()
-    frame["layer"] = frame["layer"].astype(str) + frame["nested"].map(
-        {True: ", inside the block", False: ""}
-    )
+    inside = frame["nested"].map({True: ", inside the block", False: ""})
+    frame["layer"] = frame["layer"].astype(str) + inside
     by_layer = summary.loads.groupby(["selection", "router", "layer"], sort=False)["fraction"]
     ends = zip(by_layer.min(), by_layer.max(), strict=True)
     frame["of tokens, each expert"] = [

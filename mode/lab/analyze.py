@@ -1,19 +1,17 @@
 """What the routers of a trained model do on real text: the command `mode-lab analyze`."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from rich.console import Console
 
+from .commands import Training
 from .corpus import Documents, read_corpus, read_documents
 from .folder import check_out
 from .options import Count, Seed, check_options
-
-
-if TYPE_CHECKING:
-    from .checkpoint import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +42,6 @@ def run_analysis(options: Analysis, console: Console) -> None:
 
     **Raises:** `ValueError` for bad options, a folder without a checkpoint, or unfit text.
     """
-    import jax
-
     from .analysis_report import About, write_analysis
     from .data import Sequences
     from .measures import byte_classes
@@ -59,8 +55,9 @@ def run_analysis(options: Analysis, console: Console) -> None:
     out = options.checkpoint / "analysis" if options.out is None else options.out
     check_out(out)
     settings, arm, steps, trained = load_run(options.checkpoint, console)
-    size, key = settings.options.size, jax.random.key(options.seed)
-    documents, text, notes = _read_text(options.data, settings)
+    size = settings.options.size
+    look = partial(observe, batch=size.batch, key=jax.random.key(options.seed))
+    documents, text, notes = _read_text(options.data, settings.options, settings.corpus)
     source = Sequences(documents, size.length)
     if arm.rule is None:  # nothing is routed, or the selection of training is causal already
         models = {"as trained": trained}
@@ -68,22 +65,16 @@ def run_analysis(options: Analysis, console: Console) -> None:
         models = {"top-k": trained, "causal": arm.causal(trained)}
     count = min(options.sequences, len(source))
     rows = [number * len(source) // count for number in range(count)]
-    observations = {
-        name: observe(model, source, rows, batch=size.batch, key=key)
-        for name, model in models.items()
-    }
+    observations = {name: look(model, source, rows) for name, model in models.items()}
     # Each token knows the one before it, in the same sequence or not; padding does not count.
-    classes = byte_classes(documents.tokens)
     tokens = np.array(rows)[:, None] * size.length + np.arange(size.length)
-    classes = classes[np.minimum(tokens, len(classes) - 1)]
+    classes = byte_classes(documents.tokens).take(tokens, mode="clip")
     summary = summarise(observations, classes, seed=options.seed)
     routing_map = None
     if arm.routed is not None:
         passage = find_passage(source)
-        counts = {}
-        for name, model in models.items():
-            observation = observe(model, source, passage.rows, batch=size.batch, key=key)
-            counts[name] = tuple(map(tuple, passage.cut(observation.counts).tolist()))
+        counts = {name: look(model, source, passage.rows).counts for name, model in models.items()}
+        counts = {name: tuple(map(tuple, passage.cut(n).tolist())) for name, n in counts.items()}
         tokens, starts = tuple(passage.tokens.tolist()), tuple(passage.sequence_starts())
         routing_map = RoutingMap(passage.document, tokens, starts, summary.layers, counts)
     checkpoint = str(options.checkpoint)
@@ -92,16 +83,15 @@ def run_analysis(options: Analysis, console: Console) -> None:
 
 
 def _read_text(
-    data: str | None, settings: "TrainSettings"
+    data: str | None, training: Training, fingerprint: str
 ) -> tuple[Documents, str, tuple[str, ...]]:
     """Reads documents, names them in a few words, and notes what a reader must know of them."""
-    length = settings.options.size.length
-    note = ""
+    length, note = training.size.length, ""
     if data is not None:
         # All of it: the run holds out nothing of a text that it was not trained on.
         documents, name = read_documents(data), f"all of {data}"
         try:
-            corpus = read_corpus(settings.options.data, length=length)
+            corpus = read_corpus(training.data, length=length)
         except ValueError:
             note = "It is not known whether the model was trained on this text: its files are gone."
         else:
@@ -115,9 +105,9 @@ def _read_text(
                     "better, and their entropy is lower, than on new text."
                 )
     else:
-        corpus = read_corpus(settings.options.data, length=length)
+        corpus = read_corpus(training.data, length=length)
         documents, name = corpus.held_out, "the run's held-out text"
-        if corpus.fingerprint != settings.corpus:
+        if corpus.fingerprint != fingerprint:
             note = (
                 "The files of the run have changed since it was trained: some of what is held out "
                 "now may have been training text."

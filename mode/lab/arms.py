@@ -1,6 +1,5 @@
 """The arms of the ablation: what each one routes, and by which causal rule its text is sampled.
 
-All arms share dimensions, depth, data and recipe. Every other layer is routed, above a dense one.
 Arms differ in the routed layer and in nothing else, but for the number of steps, which `budget`
 sets so that all spend equal training FLOPs.
 """
@@ -10,11 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 import mode
+from mode._types import Scalar
+from mode.routing import Routings
 
 from .options import Size as Size
 
@@ -40,7 +42,7 @@ class Arm:
     rule: mode.AbstractThreshold | None = None
     under_rule: float = 0.0
     quantile_rate: float = 0.03
-    auxiliary: Callable[[tuple[mode.Routing, ...]], Float[Array, ""]] | None = None
+    auxiliary: Callable[[Routings], Scalar] | None = None
     samples: bool = True
 
     def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
@@ -61,18 +63,20 @@ class Arm:
             size.vocab, size.dim, stacks=stacks, dtype=dtype, remat=size.remat, key=key
         )
 
-    def causal(self, model: mode.Transformer, *, max_capacity: float = 1.0) -> mode.Transformer:
+    def shapes(self, size: Size) -> mode.Transformer:
+        """The shapes of the model, which take no memory."""
+        return eqx.filter_eval_shape(lambda: self.build(size, key=jax.random.key(0)))
+
+    def causal(self, model: Tree, *, max_capacity: float | None = 1.0) -> Tree:
         """The model as text is sampled from it; at 1, it computes all tokens that it selects."""
-        return mode.make_causal(model, threshold=self._threshold(max_capacity))
+        rule = self.rule
+        if rule is not None:
+            rule = dataclasses.replace(rule, max_capacity=max_capacity)
+        return mode.make_causal(model, threshold=rule)
 
     def causal_in_training(self, tree: Tree) -> Tree:
         """A tree with the model in it, under the rule, with as many slots as in training."""
-        return mode.make_causal(tree, threshold=self._threshold(None))
-
-    def _threshold(self, max_capacity: float | None) -> mode.AbstractThreshold | None:
-        if self.rule is None:
-            return None
-        return dataclasses.replace(self.rule, max_capacity=max_capacity)
+        return self.causal(tree, max_capacity=None)
 
     def change(self, steps: int) -> int:
         """The step from which training runs under `rule`; `steps` where it never does."""
@@ -113,25 +117,19 @@ def _with_experts(
     build: Callable[..., mode.Residual], size: Size, key: PRNGKeyArray, *, noop: bool = True
 ) -> mode.Residual:
     counts = (size.experts, size.noop) if noop else (size.experts + size.noop, 0)
-    expert, heads = _expert(size), size.heads
-    return build(expert, size.dim, heads, *counts, num_kv_heads=size.kv_heads, key=key)
+    dims = (size.dim, size.heads, *counts)
+    return build(_expert(size), *dims, num_kv_heads=size.kv_heads, key=key)
 
 
 def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
+    dims = (size.dim, size.heads, size.experts + size.noop)
     return mode.staged_mode_layer(
-        _expert(size),
-        size.dim,
-        size.heads,
-        size.experts + size.noop,
-        capacity=size.capacity,
-        num_kv_heads=size.kv_heads,
-        key=key,
+        _expert(size), *dims, capacity=size.capacity, num_kv_heads=size.kv_heads, key=key
     )
 
 
-def predictor_loss(routings: tuple[mode.Routing, ...]) -> Float[Array, ""]:
-    """Averages the losses that train the predictors."""
-    # Its coefficient is 1: its gradient reaches the predictors alone.
+def predictor_loss(routings: Routings) -> Scalar:
+    """Averages the losses that train the predictors, whose gradient reaches these alone."""
     return jnp.mean(jnp.stack([mode.predictor_bce(routing) for routing in routings]))
 
 
@@ -202,10 +200,7 @@ def arms_named(names: Sequence[str]) -> list[Arm]:
 
 
 def arm_named(name: str) -> Arm:
-    """Finds an arm by its name.
-
-    **Raises:** `ValueError` for an unknown one.
-    """
+    """Finds an arm by its name; raises `ValueError` for an unknown one."""
     if name not in NAMES:
         raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {name!r}.")
     return ARMS[NAMES.index(name)]

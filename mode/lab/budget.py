@@ -20,24 +20,18 @@ DENSE_STEPS = 350
 @functools.cache
 def flops_per_step(arm: Arm, size: Size) -> int:
     """FLOPs of one training step's loss and gradient. The optimizer's few are left out."""
-    model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
-    sample = shape_of_batch(size.length, size.batch)
+    arguments = (arm.shapes(size), shape_of_batch(size.length, size.batch), jax.random.key(0))
     return mode.count_flops(
-        lambda model, sample, key: loss_and_gradient(arm, model, Batch.of(sample), key),
-        model,
-        sample,
-        jax.random.key(0),
+        lambda model, sample, key: loss_and_gradient(arm, model, Batch.of(sample), key), *arguments
     ).total
 
 
 @functools.cache
 def forward_flops_per_token(arm: Arm, size: Size) -> float:
     """FLOPs of a forward pass under the training selection, per token."""
-    model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((1, size.length), jnp.int32)
-    counted = mode.count_flops(
-        lambda model, tokens, key: model(tokens, key=key)[0], model, tokens, jax.random.key(0)
-    )
+    arguments = (arm.shapes(size), tokens, jax.random.key(0))
+    counted = mode.count_flops(lambda model, tokens, key: model(tokens, key=key)[0], *arguments)
     return counted.total / size.length
 
 
@@ -53,10 +47,7 @@ def training_budget(budget: float, size: Size) -> float:
 
 
 def steps_for(arm: Arm, flops: float, per_step: int) -> int:
-    """The number of steps whose FLOPs come nearest to the budget.
-
-    **Raises:** `ValueError` for a budget of less than two steps.
-    """
+    """The number of steps whose FLOPs come nearest to a budget; raises `ValueError` below 2."""
     steps = round(flops / per_step)
     if steps < 2:
         raise ValueError(

@@ -1,20 +1,33 @@
 """Checkpoints of a run: each is whole or absent, and the newest sound one is found again.
 
-A checkpoint is two files named after its step: the arrays, and a record, written last, with their
-digest, the run they belong to, and its losses. Arrays without a record are the rest of a save that
-was killed. The state is gathered on the host of each process; the lead writes it.
+A checkpoint is two files named after its step: the arrays, in NumPy's format, which holds no code,
+and a record, written last, with their digest, the run they belong to, and its losses. Arrays
+without a record are the rest of a save that was killed. The state is gathered on the host of each
+process; the lead writes it.
 """
 
-from collections.abc import Callable
+import io
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pydantic
 from jaxtyping import PyTree
 
-from .arrays import fill, named_arrays, read_arrays, write_arrays
 from .commands import Training
 from .devices import by_lead, to_host
-from .files import DamagedFile, FloatOrNaN, Record, read_record, write_record
+from .files import (
+    DamagedFile,
+    FloatOrNaN,
+    Record,
+    read_bytes,
+    read_record,
+    write_record,
+    write_stream,
+)
 
 
 class TrainSettings(Record):
@@ -51,26 +64,28 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
+        return sorted(int(path.stem) for path in self._paths() if path.suffix == ".json")
+
+    def _paths(self) -> list[Path]:
         paths = self.folder.iterdir() if self.folder.exists() else ()
-        records = (path for path in paths if path.suffix == ".json" and path.stem.isdecimal())
-        return sorted(int(path.stem) for path in records)
+        return [path for path in paths if path.stem.isdecimal()]
 
     def save(self, step: int, tree: PyTree, notes: Notes) -> None:
         """Saves the arrays of `tree`, and the notes.
 
         **Raises:** `OSError` where they cannot be written; earlier checkpoints are as they were.
         """
-        arrays, earlier = to_host(named_arrays(tree)), self.steps
+        arrays, earlier = to_host(_named_arrays(tree)), self.steps
 
         def write() -> None:
             self.folder.mkdir(exist_ok=True)
-            digest = write_arrays(self.folder / f"{step}.npz", arrays)
-            record = notes.model_copy(update={"digest": digest})
-            write_record(self.folder / f"{step}.json", record)
+            path = self.folder / f"{step}.npz"
+            digest = write_stream(path, lambda file: np.savez(file, **arrays))
+            write_record(path.with_suffix(".json"), notes.model_copy(update={"digest": digest}))
             # Later steps than this one are of damaged checkpoints.
-            kept = {str(one) for one in [one for one in self.steps if one <= step][-self.keep :]}
-            for path in self.folder.iterdir():
-                if path.stem.isdecimal() and path.stem not in kept:
+            kept = [one for one in self.steps if one <= step][-self.keep :]
+            for path in self._paths():
+                if int(path.stem) not in kept:
                     path.unlink()
 
         try:
@@ -99,15 +114,53 @@ class Checkpoints:
             path = self.folder / f"{step}.npz"
             try:
                 notes = read_record(path.with_suffix(".json"), Notes)
-                arrays = read_arrays(path, "", notes.digest)
+                arrays = _read_arrays(path, notes.digest)
             except DamagedFile as error:
                 errors.append(error)
                 continue
             for error in errors:
                 warn(f"a checkpoint is not used: {error.path}: {error.what}")
-            return step, fill(like, arrays, path), notes
+            return step, _fill(like, arrays, path), notes
         if errors:
             reasons = "; ".join(f"{error.path.name}: {error.what}" for error in errors)
             remedy = "Delete the folder to begin again."
             raise DamagedFile(self.folder, f"no checkpoint is sound ({reasons})", remedy)
         return None
+
+
+def _named_arrays(tree: PyTree) -> dict[str, Any]:
+    """The arrays of a tree, or their shapes, by their path in it."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
+
+
+def _read_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
+    content = read_bytes(path, "", digest=digest)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedFile(path, f"it holds no arrays ({error})", "") from None
+
+
+def _fill(like: PyTree, arrays: Mapping[str, np.ndarray], path: Path) -> PyTree:
+    """`like` with the arrays of `path` in place of its own, on the same devices."""
+    wanted, there = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in some.items()}
+        for some in (_named_arrays(like), arrays)
+    )
+    for name in sorted(wanted.keys() | there.keys()):
+        one, other = there.get(name, "absent"), wanted.get(name, "absent")
+        if one != other:
+            raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
+
+    def place(keys: Any, leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        array = arrays[jax.tree_util.keystr(keys)]
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            return jax.numpy.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+    return jax.tree.map_with_path(place, like)

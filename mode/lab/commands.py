@@ -11,7 +11,7 @@ import tyro
 from annotated_types import Ge, Gt, Lt
 
 from .arms import NAMES, arms_help
-from .options import Count, Devices, NotNegative, Positive, Recipe, Seed, Size, UpToOne
+from .options import Count, Data, Devices, NotNegative, Positive, Recipe, Seed, Size, UpToOne
 from .presets import preset_named, presets_help
 
 
@@ -29,9 +29,7 @@ class Ablation:
 
     out: Path = Path("runs/ablation")
     """Folder for results. One of another configuration is refused."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
+    data: Data = None
     budget: Positive = 1.0
     """Training FLOPs of every arm, as a multiple of the default, which takes all eight arms of the
     default size 6 to 10 minutes on two cores. Time grows with it in proportion."""
@@ -65,9 +63,7 @@ class Training:
     arm: _Arm = "mod"
     steps: Annotated[Count, Ge(2)] = 1000
     """Optimizer steps; the learning rate ends with the last."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
+    data: Data = None
     seed: Seed = 0
     """Seed of parameters, data order and random routing."""
     held_out: Count = 512

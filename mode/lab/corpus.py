@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt16
 
-from .options import VOCAB as VOCAB
-
 
 DOCUMENT_START = 256
 HELD_OUT_FRACTION = 0.1
@@ -56,16 +54,14 @@ class Corpus:
 
 
 def read_corpus(data: str | None, *, length: int) -> Corpus:
-    """Reads files and holds some of them out.
+    """Reads files and holds about a tenth of them out.
 
-    About a tenth of the files is held out: those whose name has a low hash, and then as many more
-    as fill one sequence. Of a single file, the last tenth is held out.
-
-    `data` is a glob, `**` recursive, such as `"texts/**/*.txt"`; `None` is the source of the Python
-    standard library.
+    Those are held out whose name has a low hash, and then as many more as fill one sequence; of a
+    single file, its last tenth. `data` is a glob, `**` recursive, such as `"texts/**/*.txt"`;
+    `None` is the source of the Python standard library.
 
     **Raises:** `ValueError` for a glob that matches no file, or files that do not fill one sequence
-    of so many tokens on each side.
+    of `length` tokens on each side.
     """
     files = _standard_library() if data is None else _matching(data)
     if len(files) == 1:
@@ -111,16 +107,12 @@ def _matching(data: str) -> dict[str, bytes]:
     path = Path(data).expanduser()
     parts = path.parts
     if path.is_file():  # a name, even if it looks like a glob
-        fixed, paths = path.parent, {path.name: path}
+        paths = {path.name: path}
     else:
         count = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-        fixed, pattern = Path(*parts[:count]), parts[count:]
-        deepest = None if "**" in pattern else len(pattern)
-        paths = {
-            "/".join(names): file
-            for names, file in _files(fixed, deepest)
-            if _matches(names, pattern)
-        }
+        pattern = parts[count:]
+        below = _files(Path(*parts[:count]), None if "**" in pattern else len(pattern))
+        paths = {"/".join(names): file for names, file in below if _matches(names, pattern)}
     files = _contents(dict(sorted(paths.items(), key=lambda item: str(item[1]))))
     if not files:
         raise ValueError(
@@ -135,8 +127,7 @@ def _files(root: Path, deepest: int | None) -> Iterator[tuple[tuple[str, ...], P
     """Every file below a folder once, by the parts of its name. Links are followed last: a file
     that has a name of its own keeps it."""
     folders: list[tuple[tuple[str, ...], Path]] = [((), root)]
-    links: list[tuple[tuple[str, ...], Path]] = []
-    seen: set[str] = set()
+    links, seen = [], set()
     while folders or links:
         names, path = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(path)

@@ -17,7 +17,6 @@ import mode
 
 from .corpus import (
     DOCUMENT_START as DOCUMENT_START,
-    VOCAB as VOCAB,
     Corpus as Corpus,
     Documents as Documents,
     read_corpus as read_corpus,
@@ -85,12 +84,9 @@ def held_out_batches(
     count = max(count // batch * batch, min(count, batch))
     positions = np.linspace(0, len(source) - 1, count).round().astype(int)
     samples = [source[int(position)] for position in positions]
-    empty = jax.tree.map(np.zeros_like, samples[0])
-    samples += [empty] * (-count % batch)
-    return [
-        {name: np.stack([s[name] for s in samples[first : first + batch]]) for name in empty}
-        for first in range(0, len(samples), batch)
-    ]
+    samples += [jax.tree.map(np.zeros_like, samples[0])] * (-count % batch)
+    rows = range(0, len(samples), batch)
+    return [jax.tree.map(lambda *x: np.stack(x), *samples[row : row + batch]) for row in rows]
 
 
 class Batch(eqx.Module):
@@ -105,9 +101,7 @@ class Batch(eqx.Module):
     info: mode.TokenInfo
 
     @staticmethod
-    def of(
-        sample: Mapping[str, Int[Array, "batch sample"] | Int[np.ndarray, "batch sample"]],
-    ) -> "Batch":
+    def of(sample: Mapping[str, Int[Array | np.ndarray, "batch sample"]]) -> "Batch":
         """Makes a batch from `length + 1` tokens and their segment ids."""
         tokens, segment_ids = jnp.asarray(sample["tokens"]), jnp.asarray(sample["segment_ids"])
         before, after = segment_ids[:, :-1], segment_ids[:, 1:]

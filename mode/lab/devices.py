@@ -1,8 +1,7 @@
 """The devices that a run is sharded over, and the processes that own them.
 
-Every process runs the same program on the same numbers, and JAX makes one set of all their devices.
-Two things differ: which rows of a batch a process reads, and that one of them, the lead, writes
-files and prints.
+Every process runs the same program on the same numbers, over the devices of all. Two things differ:
+the rows of a batch that a process reads, and that one of them, the lead, writes files and prints.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 import mode
@@ -21,9 +20,7 @@ import mode
 from .options import Devices as Devices
 
 
-_MORE = (
-    " XLA_FLAGS=--xla_force_host_platform_device_count=8 in the environment makes eight of a CPU."
-)
+_EIGHT = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
 
 @contextlib.contextmanager
@@ -45,10 +42,11 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
         _join(devices)
     present = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if devices.count > len(present) or (several and devices.count != len(present)):
+        eight = f" {_EIGHT} in the environment makes eight of a CPU."
         raise ValueError(
             f"`data` times `expert` must be {'' if several else 'at most '}the number of devices, "
             f"{len(present)} in {jax.process_count()} process(es), got {devices.data} times "
-            f"{devices.expert}.{_MORE if jax.default_backend() == 'cpu' else ''}"
+            f"{devices.expert}.{eight if jax.default_backend() == 'cpu' else ''}"
         )
     try:
         if devices.count == 1:
@@ -81,13 +79,10 @@ def _join(devices: Devices) -> None:
             f"`coordinator` must be given for {devices.processes} processes, as HOST:PORT of the "
             'first, such as "localhost:1234", or "auto".'
         )
-    given: dict[str, Any] = {
-        "coordinator_address": devices.coordinator,
-        "num_processes": devices.processes,
-        "process_id": devices.process,
-    }
+    automatic = devices.coordinator == "auto"
+    given: Any = () if automatic else (devices.coordinator, devices.processes, devices.process)
     try:
-        jax.distributed.initialize(**({} if devices.coordinator == "auto" else given))
+        jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"`coordinator` must be where process 0 can be reached, got {devices.coordinator!r}: "
@@ -111,24 +106,20 @@ def by_lead(act: Callable[[], object]) -> None:
             act()
         except Exception as error:
             failure = error
-    failed = on_any(failure is not None)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise ValueError("process 0 could not go on; its own message says why.")
+    if on_any(failure is not None):
+        raise failure or ValueError("process 0 could not go on; its own message says why.")
 
 
 def on_any(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    several = jax.process_count() > 1
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several else flag
 
 
 def own_rows(batch: int) -> slice:
     """The rows of a batch that this process reads."""
-    rows = batch // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    rows, process = batch // jax.process_count(), jax.process_index()
+    return slice(process * rows, (process + 1) * rows)
 
 
 def feed(rows: PyTree, mesh: Mesh | None) -> PyTree:
@@ -140,9 +131,7 @@ def feed(rows: PyTree, mesh: Mesh | None) -> PyTree:
         return jax.ShapeDtypeStruct((len(x) * jax.process_count(), *x.shape[1:]), x.dtype)
 
     shardings = mode.named_shardings(jax.tree.map(whole, rows), mesh, mode.BATCH_RULES)
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_process_local_data(sharding, x), rows, shardings
-    )
+    return jax.tree.map(jax.make_array_from_process_local_data, shardings, rows)
 
 
 def with_shardings(tree: PyTree, mesh: Mesh | None) -> PyTree:
@@ -152,12 +141,11 @@ def with_shardings(tree: PyTree, mesh: Mesh | None) -> PyTree:
     shardings = jax.tree.map(lambda _: single, shapes)
     if mesh is not None:
         shardings = mode.named_shardings(shapes, mesh)
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-    return eqx.combine(shapes, rest)
+
+    def placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return eqx.combine(jax.tree.map(placed, shapes, shardings), rest)
 
 
 def in_place(tree: PyTree) -> PyTree:

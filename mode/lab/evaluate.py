@@ -1,7 +1,6 @@
 """Held-out loss twice over: as trained, which may see the future, and as text is sampled.
 
-The first number without the second is not a result: top-k over a sequence tells a token something
-about later ones.
+The first without the second is no result: top-k over a sequence tells a token about later ones.
 """
 
 import dataclasses
@@ -13,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray
 
 import mode
+from mode._types import Scalar
+from mode.routing import Routings, selected_mask
 
 from .arms import Arm
 from .data import Batch, Sample
@@ -71,7 +72,7 @@ class Evaluation:
 @eqx.filter_jit
 def _loss(
     model: mode.Transformer, sample: dict[str, Int[Array, "batch sample"]], key: PRNGKeyArray
-) -> tuple[Float[Array, ""], Float[Array, ""], tuple[mode.Routing, ...]]:
+) -> tuple[Scalar, Scalar, Routings]:
     batch = Batch.of(sample)
     loss, routings = next_byte_loss(model, batch, key)
     return loss, jnp.sum(batch.weights), routings
@@ -79,22 +80,17 @@ def _loss(
 
 def _run(
     model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray, mesh: Mesh | None
-) -> tuple[float, int, tuple[mode.Routing, ...]]:
+) -> tuple[float, int, Routings]:
     """Bits per byte, bytes, and the routings of all batches as if of one."""
-    rows = [{name: x[own_rows(len(x))] for name, x in sample.items()} for sample in samples]
-    results = [
-        to_host(_loss(model, feed(sample, mesh), jax.random.fold_in(key, number)))
-        for number, sample in enumerate(rows)
-    ]
-    losses = np.array([float(loss) for loss, _, _ in results])
-    weights = np.array([float(weight) for _, weight, _ in results])
+    results = []
+    for number, sample in enumerate(samples):
+        rows = feed({name: x[own_rows(len(x))] for name, x in sample.items()}, mesh)
+        results.append(to_host(_loss(model, rows, jax.random.fold_in(key, number))))
+    losses, weights = np.array([numbers for *numbers, _ in results], float).T
     bits = float(np.sum(losses * weights) / np.sum(weights) / math.log(2))
-
-    def join(*leaves: np.ndarray) -> np.ndarray:
-        # Axis 0 is the layers that are scanned over, axis 1 the batch.
-        return np.concatenate(leaves, axis=1)
-
-    routings: PyTree = jax.tree.map(join, *(routings for _, _, routings in results))
+    # Axis 0 is the layers that are scanned over, axis 1 the batch.
+    parts = (routings for *_, routings in results)
+    routings = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
     return bits, int(weights.sum()), routings
 
 
@@ -126,8 +122,8 @@ def evaluate(
 def _compare(
     rule: mode.AbstractThreshold | None,
     model: mode.Transformer,
-    routings: tuple[mode.Routing, ...],
-    causal_routings: tuple[mode.Routing, ...],
+    routings: Routings,
+    causal: Routings,
 ) -> list[tuple[Any, ...]]:
     """Of each router, the numbers of its `RouterReport`."""
     accuracy = [(None, None)] * len(routings)
@@ -135,11 +131,10 @@ def _compare(
         masks = mode.causal_selection(model, routings, threshold=rule)
         pairs = map(mode.selection_accuracy, routings, masks)
         accuracy = [(pair.precision, pair.recall) for pair in pairs]
-    top_k, causal = (
-        [mode.routing_metrics(routing).compute for routing in some]
-        for some in (routings, causal_routings)
-    )
-    return [(*pair, *both) for pair, *both in zip(accuracy, top_k, causal, strict=True)]
+    return [
+        (*pair, *(mode.routing_metrics(routing).compute for routing in both))
+        for pair, *both in zip(accuracy, routings, causal, strict=True)
+    ]
 
 
 def _snippet(samples: list[Sample], top_k: mode.Routing, causal: mode.Routing) -> Snippet:
@@ -151,9 +146,8 @@ def _snippet(samples: list[Sample], top_k: mode.Routing, causal: mode.Routing) -
     part = slice(first, first + SNIPPET)
 
     def counts(routing: mode.Routing) -> tuple[tuple[int, ...], ...]:
-        one = jax.tree.map(lambda x: jnp.asarray(x[:, row : row + 1]), routing)
-        selected = np.asarray(one.selected)[:, 0, part].sum(-1)
-        return tuple(tuple(layer) for layer in selected.tolist())
+        selected = selected_mask(jnp.asarray(routing.index[:, row]), routing.num_tokens)
+        return tuple(map(tuple, np.asarray(selected)[:, part].sum(-1).tolist()))
 
     return Snippet(tuple(tokens[row, part].tolist()), counts(top_k), counts(causal))
 

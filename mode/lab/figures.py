@@ -39,13 +39,9 @@ def arm_colour(name: str) -> str:
 
 
 def save_figure(draw: Callable[[], Figure], *paths: Path, text: Sequence[str] = ()) -> None:
-    """Draws a figure in the style of the lab and writes it to files.
+    """Draws a figure in the style of the lab, adds the paragraphs of a caption, and writes files.
 
-    **Arguments:**
-
-    - `draw`: makes the figure. The style holds while it runs.
-    - `paths`: the files. The suffix of each says its format, `.png` or `.pdf`.
-    - `text`: paragraphs of a caption to add.
+    The style holds while `draw` runs. The suffix of a path says its format, `.png` or `.pdf`.
     """
     # The file holds every setting that we rely on; those of the user's matplotlibrc do not apply.
     with rc_context(fname=STYLE):
@@ -61,9 +57,7 @@ def save_figure(draw: Callable[[], Figure], *paths: Path, text: Sequence[str] = 
 def caption(figure: Figure, *paragraphs: str) -> None:
     """Writes under a figure what it is of and how to read it, and makes the figure higher for it.
 
-    **Arguments:**
-
-    - `paragraphs`: each begins on a new line and is wrapped to the width of the figure.
+    Each paragraph begins on a new line and is wrapped to the width of the figure.
     """
     width, height = figure.get_size_inches()
     columns = int(width * _LETTERS)

@@ -1,8 +1,8 @@
 """Files that are whole or absent, and records that are checked when they are read back.
 
 A file is written beside its place and moved there, which the system does at once or not at all. A
-record says its format and version, and holds a digest of its content: what is read back is what was
-written, or one `DamagedFile` error says which file is wrong, how, and what to do.
+record holds its format, its version and a digest of its content: what is read back is what was
+written, or a `DamagedFile` error says which file is wrong, how, and what to do.
 """
 
 import contextlib
@@ -39,16 +39,20 @@ FloatOrNaN = Annotated[
 ]
 
 
-class Record(pydantic.BaseModel):
-    """The content of a file. Types are strict; every field must be in the file, and no other.
+class Strict(pydantic.BaseModel):
+    """A part of a record. Types are strict; every field must be in the file, and no other.
 
-    A float must be finite unless its type is `FloatOrNaN`. `format` names the kind of file; raise
-    `version` where a field changes; `remedy` says what to do where a file is damaged.
+    A float must be finite unless its type is `FloatOrNaN`.
     """
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Record(Strict):
+    """The content of a file. `format` names its kind; raise `version` where a field changes;
+    `remedy` says what to do where the file is damaged."""
 
     format: ClassVar[str]
     version: ClassVar[int]
@@ -58,9 +62,7 @@ class Record(pydantic.BaseModel):
 R = TypeVar("R", bound=Record)
 
 
-class _Envelope(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
+class _Envelope(Strict):
     format: str
     version: int
     digest: str
@@ -68,17 +70,10 @@ class _Envelope(pydantic.BaseModel):
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Writes a record as JSON, whole or not at all.
-
-    **Raises:** `OSError` where the file cannot be written.
-    """
+    """Writes a record as JSON, whole or not at all, as `write_stream` does."""
     content = record.model_dump(mode="json")
-    envelope = {
-        "format": record.format,
-        "version": record.version,
-        "digest": content_digest(content),
-        "content": content,
-    }
+    head = {"format": record.format, "version": record.version, "digest": content_digest(content)}
+    envelope = head | {"content": content}
     text = json.dumps(envelope, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -113,10 +108,7 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 
 def read_format(path: Path) -> str:
-    """Reads the format of the record in a file, of whatever kind it is.
-
-    **Raises:** `DamagedFile` where it is no record.
-    """
+    """Reads the format of the record in a file; raises `DamagedFile` where it is no record."""
     return _read_envelope(path, Record.remedy).format
 
 
@@ -140,11 +132,10 @@ def content_digest(content: Any) -> str:
 
 
 def read_bytes(path: Path, remedy: str, *, digest: str | None = None) -> bytes:
-    """Reads a file.
+    """Reads a file, of any content or of that with a SHA-256 digest.
 
-    `digest` is the SHA-256 digest that it must have, `None` for any; `remedy` says what to do.
-
-    **Raises:** `DamagedFile` where it is missing, unreadable, no file, or has another digest.
+    **Raises:** `DamagedFile`, with the `remedy`, where it is missing, unreadable, no file, or has
+    another digest.
     """
     try:
         if path.exists() and not path.is_file():

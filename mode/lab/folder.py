@@ -1,4 +1,4 @@
-"""The folder of a run, and the settings that it belongs to."""
+"""The folder of a run, and the settings that it belongs to, in its `config.json`."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,10 +11,7 @@ _NAME = "config.json"
 
 
 def check_out(out: Path) -> None:
-    """Checks that `out` can be the folder of a run.
-
-    **Raises:** `ValueError` where it is a file.
-    """
+    """Checks that `out` can be the folder of a run; raises `ValueError` where it is a file."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder or not exist yet, got the file {out}.")
 
@@ -22,7 +19,7 @@ def check_out(out: Path) -> None:
 def claim(out: Path, settings: Record, *, besides: Collection[str] = ()) -> None:
     """Makes `out` the folder of a run with these settings, or checks that it already is.
 
-    **Raises:** `ValueError` where it belongs to a run with other settings, or is no folder.
+    **Raises:** `ValueError` where it is no folder, or as `check_same` does.
     """
     check_out(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -53,10 +50,7 @@ def check_same(out: Path, there: Record, settings: Record, *, besides: Collectio
 
 
 def read_settings(out: Path, kind: type[R]) -> R:
-    """Reads the settings of the run in `out`.
-
-    **Raises:** `ValueError` where there is no run of this kind.
-    """
+    """Reads the settings of the run in `out`; raises `ValueError` where none is of this kind."""
     there = settings_format(out)
     if there != kind.format:
         what = f"the folder belongs to {there!r}, not to {kind.format!r}"
@@ -65,10 +59,7 @@ def read_settings(out: Path, kind: type[R]) -> R:
 
 
 def settings_format(out: Path) -> str:
-    """Says which kind of run `out` holds: the format of its settings.
-
-    **Raises:** `ValueError` where there is no run.
-    """
+    """The kind of the run in `out`, as `Record.format`; raises `ValueError` where there is none."""
     if not (out / _NAME).exists():
         raise ValueError(
             f"the folder of a run was expected, got {out}, which has no {_NAME}. "

@@ -1,13 +1,11 @@
 """What a training step needs on each device: counted from shapes, and reported by the compiler.
 
-The program is the one that `mode-lab train` runs: its step, its state, donated, sharded by the same
-rules. Nothing is allocated. `texts/plan.md` says what the numbers are.
+Nothing is allocated. `texts/plan.md` says what the numbers are.
 """
 
 import inspect
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +25,7 @@ from .step import TrainState, begin, make_step, next_byte_loss
 
 
 class Program:
-    """The training step of an arm at a size.
+    """The training step of `mode-lab train` for an arm and a size, sharded by the same rules.
 
     **Raises:** `ValueError` for sizes that no model can have.
     """
@@ -48,8 +46,7 @@ class Program:
 
         **Raises:** `ValueError` for arrays that do not divide over it.
         """
-        devices = math.prod(axes.values())
-        types = (AxisType.Auto,) * len(axes)
+        devices, types = math.prod(axes.values()), (AxisType.Auto,) * len(axes)
         mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
         model = self.state.model
         parameter_bytes = _bytes_on_device(eqx.filter(model, mode.is_trainable(model)), mesh)
@@ -87,14 +84,11 @@ class Program:
             "needed_bytes": program.needed_bytes,
             "seconds": time.perf_counter() - began,
         } | ({} if program.flops is None else {"flops": program.flops})
-        counts: Counter[str] = Counter()
-        sizes: Counter[str] = Counter()
+        sizes: dict[str, list[int]] = {}
         for one in program.collectives:
             name = f"{one.kind} ({one.times or '?'} a step each)"
-            counts[name] += 1
-            sizes[name] += one.bytes * (one.times or 1)
-        exchanges = {name: f"{counts[name]}, {sizes[name]:,} bytes" for name in sorted(counts)}
-        return numbers, exchanges
+            sizes.setdefault(name, []).append(one.bytes * (one.times or 1))
+        return numbers, {name: f"{len(n)}, {sum(n):,} bytes" for name, n in sorted(sizes.items())}
 
 
 def _bytes_on_device(
@@ -124,12 +118,8 @@ def _activation_bytes(model: mode.Transformer, size: Size) -> int:
         _, backward, _ = jax.vjp(loss, parameters, has_aux=True)
         return [leaf for leaf in jax.tree.leaves(backward) if eqx.is_array(leaf)]
 
-    two, four = (
-        eqx.filter_eval_shape(residuals, model, shape_of_batch(size.length, batch))
-        for batch in (2, 4)
-    )
-    grown = sum(
-        b.size * b.dtype.itemsize - a.size * a.dtype.itemsize
-        for a, b in zip(two, four, strict=True)
-    )
-    return size.batch * grown // 2
+    def kept(batch: int) -> int:
+        leaves = eqx.filter_eval_shape(residuals, model, shape_of_batch(size.length, batch))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return size.batch * (kept(4) - kept(2)) // 2

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from rich.console import Console
+from rich.table import Table
 
 import mode
 
@@ -26,6 +26,7 @@ from .tables import to_console
 
 # Bytes per call: few enough that text appears to flow, enough that calls cost nothing.
 _PIECE = 16
+Write = Callable[[bytes], object]
 
 
 def _to_stdout(text: bytes) -> None:
@@ -33,9 +34,7 @@ def _to_stdout(text: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def run_generation(
-    generating: Generating, console: Console, write: Callable[[bytes], object] = _to_stdout
-) -> None:
+def run_generation(generating: Generating, console: Console, write: Write = _to_stdout) -> None:
     """Writes the model's bytes as they come; prints speed, computed tokens and the plot's path.
 
     **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
@@ -55,59 +54,39 @@ def run_generation(
     prompt = [DOCUMENT_START, *text]
     total, length = len(prompt) + generating.steps, settings.options.size.length
     if total > length:
-        say(
-            console,
-            f"{total} bytes are more than the {length} of a sequence in training: text may get "
-            "worse, and layers may select another fraction, from there on.",
-        )
+        more = f"{total} bytes are more than the {length} of a sequence in training: text may get"
+        say(console, f"{more} worse, and layers may select another fraction, from there on.")
     model = mode.unstack_layers(arm.causal(trained, max_capacity=generating.max_capacity))
     write(text)
-    generated = _generate(model, prompt, generating, write)
-    speed = generated.speed
+    tokens, speed, routings = _generate(model, prompt, generating, write)
     after = f", {speed:.0f} a second after the first {_PIECE}, which compile" if speed else ""
-    say(console, f"\n{len(generated.tokens)} bytes{after}")
-    if not mode.routers(model):
+    say(console, f"\n{len(tokens)} bytes{after}")
+    if not routings:
         say(console, "every layer computed every byte: nothing is routed")
         return
-    places = router_places(model)
-    console.print(_table(model, generated))
-    outer = [
-        (layer, row)
-        for number, place in enumerate(places)
-        if not place.nested
-        for layer, row in zip(place.layers, _counts(generated, number), strict=True)
-    ]
-    layers, counts = [layer for layer, _ in outer], np.stack([row for _, row in outer])
+    console.print(_table(model, routings))
+    places = zip(router_places(model), routings, strict=True)
+    outer = [(place.layers, both) for place, both in places if not place.nested]
+    layers = [layer for some, _ in outer for layer in some]
+    counts = np.concatenate([_counts(*both) for _, both in outer])
     about = f"{arm.name} after {step} steps."
-    tokens = np.array([*prompt, *generated.tokens])
-    plot_generated(path, tokens, counts, len(prompt), layers, about)
+    plot_generated(path, np.array([*prompt, *tokens]), counts, len(prompt), layers, about)
     say(console, f"what was computed for which byte: {path}")
 
 
-class _Generated(NamedTuple):
-    """The new tokens, their number per second (0 where all compiled), the routings of the prompt,
-    `[layers, 1, tokens]`, and those of the new tokens, `[tokens, layers, 1, 1]`."""
-
-    tokens: list[int]
-    speed: float
-    prompt: tuple[mode.Routing, ...]
-    new: tuple[mode.Routing, ...]
-
-
 def _generate(
-    model: mode.Transformer,
-    prompt: list[int],
-    generating: Generating,
-    write: Callable[[bytes], object],
-) -> _Generated:
+    model: mode.Transformer, prompt: list[int], generating: Generating, write: Write
+) -> tuple[list[int], float, list[tuple[mode.Routing, mode.Routing]]]:
+    """The new tokens, their number per second (0 where all compiled), and of each router the
+    routings of the prompt, `[layers, 1, tokens]`, and of the new tokens, `[tokens, layers, 1, 1]`.
+    """
     sampler = mode.Sampler(generating.temperature, generating.top_k, generating.top_p)
     keys, steps = jax.random.key(generating.seed)[None], generating.steps
     # Whole pieces are computed, so that one program serves them all.
     room = len(prompt) + -(-steps // _PIECE) * _PIECE
-    state, prompt_routings = mode.prefill(model, jnp.array([prompt]), max_tokens=room)
+    state, given = mode.prefill(model, jnp.array([prompt]), max_tokens=room)
     tokens: list[int] = []
-    pieces = []
-    compiled, began = 0, time.perf_counter()
+    pieces, compiled, began = [], 0, time.perf_counter()
     while len(tokens) < steps and DOCUMENT_START not in tokens:
         piece = mode.continue_generation(
             model, state, steps=_PIECE, sampler=sampler, keys=keys, stop_token=DOCUMENT_START
@@ -123,34 +102,24 @@ def _generate(
         if not compiled:
             compiled, began = len(tokens), time.perf_counter()
     speed = (len(tokens) - compiled) / (time.perf_counter() - began)
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
-    return _Generated(tokens, speed, jax.device_get(prompt_routings), joined)
+    joined = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *pieces)
+    return tokens, speed, list(zip(given, joined, strict=True))
 
 
-def _counts(generated: _Generated, number: int) -> Int[np.ndarray, "layers tokens"]:
+def _counts(*both: mode.Routing) -> Int[np.ndarray, "layers tokens"]:
     """By how many experts of a router that is not nested each token was selected."""
-    prompt, new = (
-        np.asarray(jax.tree.map(jnp.asarray, some[number]).selected).sum(-1)
-        for some in (generated.prompt, generated.new)
-    )
+    prompt, new = (np.asarray(routing.selected).sum(-1) for routing in both)
     return np.concatenate([prompt[:, 0], new[:, :, 0, 0].T], axis=1)
 
 
-def _table(model: mode.Transformer, generated: _Generated) -> object:
+def _table(model: mode.Transformer, routings: list[tuple[mode.Routing, mode.Routing]]) -> Table:
     rows = []
-    for place, router, *both in zip(
-        router_places(model), mode.routers(model), generated.prompt, generated.new, strict=True
+    for place, router, both in zip(
+        router_places(model), mode.routers(model), routings, strict=True
     ):
-        some = [jax.tree.map(jnp.asarray, routing) for routing in both]
-        computed = sum(int(routing.num_filled.sum()) for routing in some)
-        reached = sum(int(routing.valid.sum()) for routing in some)
-        rows.append(
-            {
-                "router": place.name,
-                "computed, of tokens that reached it": computed / max(reached, 1),
-                "capacity in training": float(router.capacity),
-                "dropped": sum(int(routing.num_dropped.sum()) for routing in some),
-            }
-        )
-    formats = {"computed, of tokens that reached it": ".3f", "capacity in training": ".3f"}
-    return to_console(pd.DataFrame(rows), formats)
+        computed = sum(int(routing.num_filled.sum()) for routing in both)
+        reached = sum(int(routing.valid.sum()) for routing in both)
+        dropped = sum(int(routing.num_dropped.sum()) for routing in both)
+        rows.append((place.name, computed / max(reached, 1), float(router.capacity), dropped))
+    names = ["router", "computed, of tokens that reached it", "capacity in training", "dropped"]
+    return to_console(pd.DataFrame(rows, columns=names), dict.fromkeys(names[1:3], ".3f"))

@@ -22,12 +22,11 @@ def install() -> None:
 
 
 def _handle(number: int, frame: object) -> None:
-    if not _now["deferred"]:
-        _now["received"] = number
-        raise KeyboardInterrupt
-    if _now["received"]:  # a second signal: without delay
+    if _now["deferred"] and _now["received"]:  # a second signal: without delay
         os._exit(128 + number)
     _now["received"] = number
+    if not _now["deferred"]:
+        raise KeyboardInterrupt
 
 
 def received() -> int:

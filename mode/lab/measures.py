@@ -4,6 +4,7 @@ Arrays of tokens are flat: the tokens of all sequences that count, one after the
 are over sequences, as tokens of one sequence compete for the same slots and share a topic.
 """
 
+import string
 import warnings
 from collections.abc import Callable
 
@@ -16,7 +17,6 @@ from .data import DOCUMENT_START
 
 # Classes of bytes, in the order of their numbers; texts/byte_classes.md defines them.
 CLASSES = ("document start", "space", "punctuation", "digit", "word start", "word inside")
-_START, _SPACE, _PUNCTUATION, _DIGIT, _WORD_START, _WORD_INSIDE = range(len(CLASSES))
 _BINS = 48
 
 # Of sequences by number, drawn with replacement, to the numbers that these sequences give.
@@ -33,15 +33,13 @@ def byte_classes(tokens: Integer[np.ndarray, " tokens"]) -> Int[np.ndarray, " to
     >>> [CLASSES[number] for number in byte_classes(text)][3:8]
     ['space', 'word start', 'digit', 'punctuation', 'word start']
     """
-    lower = tokens | 0x20
-    letter = (lower >= ord("a")) & (lower <= ord("z")) & (tokens < 128)
-    word = letter | (tokens == ord("_")) | ((tokens >= 128) & (tokens < DOCUMENT_START))
-    digit = (tokens >= ord("0")) & (tokens <= ord("9"))
-    space = ((tokens >= 9) & (tokens <= 13)) | (tokens == 32)
+    digit = np.isin(tokens, list(string.digits.encode()))
+    word = np.isin(tokens, [*string.ascii_letters.encode(), ord("_"), *range(128, DOCUMENT_START)])
     follows = np.concatenate([[False], (word | digit)[:-1]])
-    kinds = [tokens == DOCUMENT_START, space, digit, word & follows, word]
-    numbers = [_START, _SPACE, _DIGIT, _WORD_INSIDE, _WORD_START]
-    return np.select(kinds, numbers, _PUNCTUATION)
+    space, start = np.isin(tokens, list(string.whitespace.encode())), tokens == DOCUMENT_START
+    other = ~(start | space | digit | word)
+    # In the order of `CLASSES`, of which each token has one.
+    return np.argmax([start, space, other, digit, word & ~follows, word & follows], axis=0)
 
 
 def prediction_entropy(logits: Float[np.ndarray, "*axes vocab"]) -> Float[np.ndarray, "*axes"]:
@@ -90,12 +88,8 @@ def correlations(
 ) -> Statistic:
     """Makes a statistic of Pearson's and Spearman's correlation of two numbers of the tokens.
 
-    **Arguments:**
-
-    - `sequence`: the number of the sequence of each token.
-
-    The numbers are NaN where `x` or `y` is constant. `scipy.stats` correlates no weighted values,
-    and would rank them anew for every draw.
+    `sequence` is the number of the sequence of each token. The correlations are NaN where `x` or
+    `y` is constant. (`scipy.stats` takes no weights, and would rank anew for every draw.)
     """
     groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
 
@@ -120,11 +114,7 @@ def class_ratios(
     """Makes a statistic of each class's fraction of the compute over its fraction of the tokens.
 
     It is 1 where the tokens of a class get as much compute as the average token, and NaN for a
-    class without tokens.
-
-    **Arguments:**
-
-    - `tokens`, `compute`: the number of tokens of each class in each sequence, and their compute.
+    class without tokens. `compute` is the sum over the `tokens` of a class in a sequence.
     """
 
     def ratios(rows: Int[np.ndarray, " sequences"]) -> Float[np.ndarray, " classes"]:

@@ -29,7 +29,7 @@ class MeshOf:
 
 
 def meshes(target: str, experts: int) -> list[MeshOf]:
-    """All over which the experts divide, from the most devices along `expert` to the fewest."""
+    """Lists those over which the experts divide, from the most devices along `expert` on."""
     devices = mesh_for(target).size
     most = math.gcd(devices, experts)
     sizes = (expert for expert in range(most, 0, -1) if most % expert == 0)
@@ -37,14 +37,14 @@ def meshes(target: str, experts: int) -> list[MeshOf]:
 
 
 def larger_topologies(target: str) -> Iterator[str]:
-    """Of the same generation, each of twice the chips: the shortest side is doubled.
+    """Yields topologies of the same generation, each of twice the chips by its shortest side.
 
     A single chip is followed by a host of four: there is nothing between them.
     """
     head, _, shape = target.rpartition(":")
     if not target.startswith("tpu"):
         return
-    sides = sorted(int(side) for side in shape.split("x"))
+    sides = sorted(map(int, shape.split("x")))
     while True:
         single = math.prod(sides) == 1
         sides = [2, 2, *sides[2:]] if single else sorted([2 * sides[0], *sides[1:]])

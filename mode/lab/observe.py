@@ -23,12 +23,9 @@ _MAX_TOKENS = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class RouterPlace:
-    """The layers that one router serves.
+    """The layers that one router serves, by their numbers in the model, from 1 at the bottom.
 
-    **Attributes:**
-
-    - `layers`: their numbers in the model, from 1 at the bottom.
-    - `nested`: whether the router is inside a routed block: its tokens are that block's slots.
+    The tokens of a router that is `nested`, inside a routed block, are that block's slots.
     """
 
     layers: tuple[int, ...]
@@ -54,8 +51,7 @@ def name_layers(layers: Sequence[int]) -> str:
 
 def router_places(model: mode.Transformer) -> list[RouterPlace]:
     """Finds the layers of each router, in the order of the model's routings."""
-    places = []
-    below = 0
+    places, below = [], 0
     for stack in model.stacks:
         period = len(stack.layers)
         for number, layer in enumerate(stack.layers, 1):
@@ -70,13 +66,9 @@ def router_places(model: mode.Transformer) -> list[RouterPlace]:
 class RouterObservation(eqx.Module):
     """The decisions of one router.
 
-    **Attributes:**
-
-    - `weight`: the gate's output, by which an expert's output is multiplied where it is selected.
-    - `selected`: whether the expert selected the token.
-    - `noop`: the probability of all no-op experts together; `None` for a router without.
-    - `counted`: whether the token counts.
-    - `place`: the layers of the router.
+    `weight` is the gate's output, by which an expert's output is multiplied where it is selected,
+    and `noop` the probability of all no-op experts together, `None` for a router without. Tokens
+    that are not `counted` are in no number of an analysis.
     """
 
     weight: Float[np.ndarray, "sequences layers tokens experts"]
@@ -89,12 +81,10 @@ class RouterObservation(eqx.Module):
 class Observation(eqx.Module):
     """A model on some sequences, under one rule of selection.
 
-    **Attributes:**
-
-    - `entropy`: of the prediction of the next byte that is made at the token, in bits.
-    - `loss`: the bits of the byte that came.
-    - `counted`: false for padding, and where the next byte is in another document.
-    - `routers`: from the lowest to the highest, and from the outermost to the innermost.
+    `entropy` is that of the prediction of the next byte made at the token, `loss` the surprise of
+    the byte that came, both in bits. `counted` is false for padding, and where the next byte is in
+    another document. `routers` go from the lowest to the highest, from the outermost to the
+    innermost.
     """
 
     entropy: Float[np.ndarray, "sequences tokens"]
@@ -132,7 +122,8 @@ class Observation(eqx.Module):
 @eqx.filter_jit
 def _forward(
     model: mode.Transformer, sample: dict[str, Int[Array, "batch sample"]], key: PRNGKeyArray
-) -> dict[str, Any]:
+) -> tuple[Any, ...]:
+    """The logits, their targets, which of these count, and the decisions of each router."""
     batch = Batch.of(sample)
     logits, routings = model(batch.inputs, batch.info, key=key)
 
@@ -144,8 +135,7 @@ def _forward(
     # Sequences before layers, as in all that is observed.
     routers = mode.map_router_routings(arrays, model, routings)
     routers = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), routers)
-    counted = batch.weights > 0
-    return {"logits": logits, "targets": batch.targets, "counted": counted, "routers": routers}
+    return logits, batch.targets, batch.weights > 0, routers
 
 
 def observe(
@@ -158,17 +148,13 @@ def observe(
 ) -> Observation:
     """Runs some sequences through a model as it is.
 
-    **Arguments:**
-
-    - `rows`: the numbers of the sequences in `source`.
-    - `batch`: sequences in one forward pass, at most.
-    - `key`: for selectors that draw random numbers.
+    `rows` are the numbers of the sequences in `source`, `batch` the most of them in one forward
+    pass, and `key` is for selectors that draw random numbers.
 
     **Raises:** `ValueError` where no target counts, or a prediction is not finite.
     """
     batch = max(1, min(batch, _MAX_TOKENS // source.length))
-    places = router_places(model)
-    parts = []
+    places, parts = router_places(model), []
     for first in range(0, len(rows), batch):
         samples = [source[int(row)] for row in rows[first : first + batch]]
         size = len(samples)
@@ -177,7 +163,7 @@ def observe(
         sample = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *samples)
         output = _forward(model, sample, jax.random.fold_in(key, first))
         output = jax.tree.map(lambda x, size=size: np.asarray(x)[:size], output)
-        parts.append(_observation(output, places))
+        parts.append(_observation(places, *output))
     observation: Observation = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     if not observation.counted.any():
         raise ValueError(
@@ -192,25 +178,25 @@ def observe(
     return observation
 
 
-def _observation(output: dict[str, Any], places: list[RouterPlace]) -> Observation:
-    logits = output["logits"].astype(np.float64)
-    log_probability = special.log_softmax(logits, axis=-1) / np.log(2)
-    loss = -np.take_along_axis(log_probability, output["targets"][..., None], axis=-1)[..., 0]
-    counted = counted_slots = output["counted"]
-    routers = []
-    for place, router in zip(places, output["routers"], strict=True):
-        weight, selected, logits, index = router
-        experts = weight.shape[-1]
+def _observation(
+    places: Sequence[RouterPlace],
+    logits: np.ndarray,
+    targets: np.ndarray,
+    counted: np.ndarray,
+    decisions: Sequence[tuple[np.ndarray, ...]],
+) -> Observation:
+    log_probability = special.log_softmax(logits.astype(np.float64), axis=-1) / np.log(2)
+    loss = -np.take_along_axis(log_probability, targets[..., None], axis=-1)[..., 0]
+    counted_slots, routers = counted, []
+    for place, (weight, selected, choices, index) in zip(places, decisions, strict=True):
         reached = counted_slots
         if not place.nested:
             reached = np.repeat(counted[:, None], len(place.layers), axis=1)
             # Whether the token in each slot counts. An empty slot has one index past the last.
             padded = np.pad(reached, ((0, 0), (0, 0), (0, 1)))
             counted_slots = np.take_along_axis(padded, index[:, :, 0], axis=-1)
-        noop = None
-        if logits.shape[-1] > experts:
-            probability = special.softmax(logits.astype(np.float64), axis=-1)
-            noop = probability[..., experts:].sum(-1)
+        noop, experts = None, weight.shape[-1]
+        if choices.shape[-1] > experts:
+            noop = special.softmax(choices.astype(np.float64), axis=-1)[..., experts:].sum(-1)
         routers.append(RouterObservation(weight, selected, noop, reached, place))
-    entropy = prediction_entropy(output["logits"])
-    return Observation(entropy, loss, counted, tuple(routers))
+    return Observation(prediction_entropy(logits), loss, counted, tuple(routers))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
 
@@ -21,6 +22,9 @@ Seed = Annotated[int, Ge(0), Lt(2**32)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 UpToOne = Annotated[float, Gt(0), Le(1)]
+
+_DATA = 'Text to train on, a quoted glob: "texts/**/*.txt". By default the Python standard library.'
+Data = Annotated[str | None, tyro.conf.arg(help=_DATA)]
 
 Options = TypeVar("Options")
 

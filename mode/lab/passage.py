@@ -16,15 +16,10 @@ _TRIES = 400
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A piece of text in one or more sequences that follow each other.
+    """A piece of text that begins in the file `document`.
 
-    **Attributes:**
-
-    - `document`: the file in which it begins.
-    - `rows`: the numbers of the sequences.
-    - `part`: its place in their tokens, laid end to end.
-    - `tokens`: its tokens.
-    - `length`: tokens of a whole sequence.
+    It is the `part` of the tokens of some sequences of one `length`, by number its `rows`, which
+    are laid end to end.
     """
 
     document: str
@@ -39,8 +34,7 @@ class Passage:
 
     def sequence_starts(self) -> list[int]:
         """Lists the tokens that begin a sequence, but for the passage's own first one."""
-        tokens = range(self.part.start + 1, self.part.stop)
-        return [token - self.part.start for token in tokens if token % self.length == 0]
+        return [n for n in range(1, len(self.tokens)) if (self.part.start + n) % self.length == 0]
 
 
 def find_passage(source: Sequences) -> Passage:
@@ -61,8 +55,7 @@ def _passage_at(source: Sequences, first: int, count: int) -> Passage:
     documents, length = source.documents, source.length
     begin = first * length
     # The very last token of the text is a target, but no input.
-    end = min(begin + count * length, len(documents.tokens) - 1)
-    tokens = documents.tokens[begin:end].astype(np.int64)
+    tokens = documents.tokens[:-1][begin : begin + count * length].astype(np.int64)
     lines = np.flatnonzero(tokens[:-1] == ord("\n")) + 1
     near = lines[lines <= len(tokens) // 4]
     start = int(near[0]) if len(near) and begin not in documents.starts else 0

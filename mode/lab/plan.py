@@ -1,6 +1,7 @@
 """What a training step will need, before there is a device: the command `mode-lab plan`."""
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -13,6 +14,7 @@ import mode
 from mode.aot import device_memory_bytes, mesh_for
 
 from .arms import arm_named
+from .budget import parameter_count
 from .commands import MeshSize as MeshSize, Planning as Planning
 from .console import say
 from .folder import check_out
@@ -37,13 +39,10 @@ def run_planning(planning: Planning, console: Console) -> Plan:
     memory, rule = _memory(planning)
     devices = mesh_for(planning.target).size
     program = Program(arm, planning.size)
-    parameters = program.count({"data": 1, "expert": 1})["parameters"]
     order = _search_order(planning, program, devices)
-    say(
-        console,
-        f"{arm.name}, {parameters:,} parameters, for {planning.target}: {devices} "
-        f"device{'s' if devices > 1 else ''} with {binary(memory)} each ({rule}).",
-    )
+    what = f"{arm.name}, {parameter_count(program.state.model):,} parameters, for {planning.target}"
+    each = f"device{'s' if devices > 1 else ''} with {binary(memory)} each ({rule})."
+    say(console, f"{what}: {devices} {each}")
     trials: list[Trial] = []
     for mesh in order:
         left = began + 60 * planning.minutes - time.perf_counter()
@@ -80,18 +79,18 @@ def _memory(planning: Planning) -> tuple[int, str]:
     whole = device_memory_bytes(planning.target)
     if not planning.target.startswith("cuda"):
         return whole, "by its compiler"
-    given = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    given = os.environ.get(name, "0.75")
     try:
         part = float(given)
     except ValueError:
         part = math.nan
     if not 0 < part <= 1:
         raise ValueError(
-            f"`XLA_PYTHON_CLIENT_MEM_FRACTION` must be a number above 0 and at most 1, got "
-            f"{given!r}. JAX takes this part of a GPU's memory."
+            f"`{name}` must be a number above 0 and at most 1, got {given!r}. JAX takes this part "
+            "of a GPU's memory."
         )
-    rule = f"{part:g} of {binary(whole)}, JAX's part: see XLA_PYTHON_CLIENT_MEM_FRACTION"
-    return int(part * whole), rule
+    return int(part * whole), f"{part:g} of {binary(whole)}, JAX's part: see {name}"
 
 
 def _search_order(planning: Planning, program: Program, devices: int) -> Iterator[MeshOf]:
@@ -121,23 +120,20 @@ def _search_order(planning: Planning, program: Program, devices: int) -> Iterato
             )
         order = list(dict.fromkeys([MeshOf(target, data, expert), *order]))
     larger = (mesh for other in larger_topologies(target) for mesh in meshes(other, experts))
-    return (mesh for some in (order, larger) for mesh in some)
+    return itertools.chain(order, larger)
 
 
-def _skipped(
-    program: Program, mesh: MeshOf, memory: int, before: list[Trial], left: float
-) -> Trial:
+def _skipped(program: Program, mesh: MeshOf, memory: int, past: list[Trial], left: float) -> Trial:
     """A trial, and why not to call the compiler: "" where it is to be called."""
-    devices = mesh.data * mesh.expert
-    if program.size.batch % devices:
-        return Trial(mesh, why=f"a batch of {program.size.batch} does not divide over {devices}")
+    devices, batch = mesh.data * mesh.expert, program.size.batch
+    if batch % devices:
+        return Trial(mesh, why=f"a batch of {batch} does not divide over {devices}")
     counted = program.count(mesh.axes)
     if counted["argument_bytes"] > memory:
         return Trial(mesh, counted, fits=False, why="the state alone is larger")
-    compiled = [(trial.mesh, trial.compiler["seconds"]) for trial in before if trial.compiler]
-    why = ""
-    if any(one.target == mesh.target and one.expert > mesh.expert for one, _ in compiled):
+    why, compiled = "", [trial for trial in past if trial.compiler]
+    if any(t.mesh.target == mesh.target and t.mesh.expert > mesh.expert for t in compiled):
         why = "gathers more weights at once than a mesh that does not fit"
-    elif compiled and max(seconds for _, seconds in compiled) > left:
+    elif any(trial.compiler["seconds"] > left for trial in compiled):
         why = "no time left: see --minutes"
     return Trial(mesh, counted, why=why)

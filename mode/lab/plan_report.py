@@ -78,23 +78,20 @@ def write_plan(out: Path, plan: Plan, console: Console) -> None:
     columns = {str(trial.mesh): _column(plan, trial) for trial in plan.shown}
     table = pd.DataFrame(columns).rename_axis("").reset_index()
     style = {"right": list(columns), "bold": [0]}
-    verdict = (
-        "It fits on none of the meshes that were tried. Make it smaller: `--size.batch`, "
-        "`--size.length`, `--size.remat`, `--size.dtype bfloat16`."
-    )
-    if plan.first is not None:
+    if plan.first is None:
+        verdict = "It fits on none of the meshes that were tried. Make it smaller: `--size.batch`, "
+        verdict += "`--size.length`, `--size.remat`, `--size.dtype bfloat16`."
+    else:
         others = "" if plan.first is plan.trials[0] else ", the first that does"
         verdict = f"It fits on {plan.first.mesh}{others}."
     out.mkdir(parents=True, exist_ok=True)
     write_record(out / "plan.json", plan)
     text = prose(
         "plan",
-        command=plan.command,
+        plan=plan,
         table=to_markdown(table, **style),
         verdict=verdict,
         trials="".join(f"- {trial.describe(plan.memory_bytes)}\n" for trial in plan.trials),
-        memory=plan.memory_rule,
-        seconds=plan.seconds,
         versions="".join(f"- {name} {number}\n" for name, number in plan.versions.items()),
     )
     write_text(out / "plan.md", text)

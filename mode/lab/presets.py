@@ -50,10 +50,7 @@ PRESETS = {
 
 
 def preset_named(name: str) -> Preset:
-    """Finds a preset by its name.
-
-    **Raises:** `ValueError` for an unknown one.
-    """
+    """Finds a preset by its name; raises `ValueError` for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}.")
     return PRESETS[name]

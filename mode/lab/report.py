@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
 import pandas as pd
 from rich.console import Console
 
@@ -68,18 +66,15 @@ def write_report(out: Path, results: Sequence[TrainResult], command: str, consol
     steps = min(frame["steps"])
     text = prose(
         "ablation",
-        command=command,
+        record=record,
         table=to_markdown(frame, _FORMATS, **style),
         arms="".join(f"- **{r.arm.name}**: {escape(r.arm.description)}.\n" for r in results),
         flops=f"{max(r.settings.options.steps * flops_per_step(r.arm, size) for r in results):.3g}",
         short=prose("ablation_short", steps=steps) if steps < _FEW_STEPS else "",
-        depth=size.depth,
-        dim=size.dim,
-        length=size.length,
+        size=size,
         bytes=f"{results[0].evaluation.bytes:,}",
         pictures=pictures,
         versions="".join(f"- {name} {number}\n" for name, number in record.versions.items()),
-        machine=record.machine,
     )
     write_text(out / "report.md", text)
     title = "Held-out results at equal training FLOPs"
@@ -87,19 +82,15 @@ def write_report(out: Path, results: Sequence[TrainResult], command: str, consol
     if steps < _FEW_STEPS:
         short = f"An arm took fewer than {_FEW_STEPS} steps: too short to mean anything."
         say(console, short, style="bold red")
-    say(
-        console,
-        "Top-k looks at the future; the causal column is what a sampler gets. One seed, toy scale: "
-        f"see {out / 'report.md'}.",
-    )
+    words = "Top-k looks at the future; the causal column is what a sampler gets. One seed, toy"
+    say(console, f"{words} scale: see {out / 'report.md'}.")
 
 
 def _row(result: TrainResult) -> dict[str, Any]:
     arm, size, routers = result.arm, result.settings.options.size, result.evaluation.routers
-    model = eqx.filter_eval_shape(lambda: arm.build(size, key=jax.random.key(0)))
     return {
         "arm": arm.name,
-        "parameters": parameter_count(model),
+        "parameters": parameter_count(arm.shapes(size)),
         "forward FLOPs / token": forward_flops_per_token(arm, size),
         "steps": result.settings.options.steps,
         "ms / step": 1e3 * result.step_seconds,

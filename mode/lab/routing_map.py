@@ -15,7 +15,6 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb, to_rgba_array
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch
 
 from .data import DOCUMENT_START
@@ -41,15 +40,10 @@ _SYMBOL_COLOUR = "#AAAAAA"
 
 @dataclasses.dataclass(frozen=True)
 class TextMap:
-    """A text and the colours under it.
+    """A text of bytes and document starts, and the colours under it.
 
-    **Attributes:**
-
-    - `tokens`: bytes and document starts.
-    - `strips`: for each layer and token, the number of a colour in `colours`.
-    - `colours`: of the strips.
-    - `shades`: the colour of each token's background.
-    - `marks`: tokens before which an orange line stands.
+    `strips` number a colour in `colours` for each layer and token; `shades` are the colours of the
+    tokens' backgrounds; an orange line stands before each token in `marks`.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -78,20 +72,14 @@ class TextMap:
         edges = np.linspace(top + 1.06, bottom, len(self.strips) + 1)
         colours = to_rgba_array(list(self.colours))[self.strips[::-1, line]]
         axes.pcolormesh(x, edges, colours, rasterized=True)
+        font = {"family": _FONT, "fontsize": _POINTS, "ha": "center", "va": "center_baseline"}
         for token, character in enumerate(glyphs(self.tokens)[line], line.start):
             symbol = _SYMBOLS.get(int(self.tokens[token]))
             colour = INK if symbol is None else _SYMBOL_COLOUR
+            colour = "white" if _is_dark(self.shades[token]) else colour
             # A character of several bytes stands at its first one, on the shade of that byte.
-            axes.text(
-                token - line.start + 0.5,
-                top + 0.5,
-                symbol or _drawable(character),
-                family=_FONT,
-                fontsize=_POINTS,
-                ha="center",
-                va="center_baseline",
-                color="white" if _is_dark(self.shades[token]) else colour,
-            )
+            place = (token - line.start + 0.5, top + 0.5)
+            axes.text(*place, symbol or _drawable(character), color=colour, **font)
         for mark in self.marks:
             if line.start <= mark < line.stop:
                 axes.vlines(mark - line.start, top, bottom, color=VERMILION, linewidth=1)
@@ -99,15 +87,10 @@ class TextMap:
 
 @dataclasses.dataclass(frozen=True)
 class RoutingMap:
-    """A text and the routed layers that computed it.
+    """A text that begins in the file `document`, and the routed layers that computed it.
 
-    **Attributes:**
-
-    - `document`: the file in which it begins.
-    - `tokens`: bytes and document starts.
-    - `marks`: tokens before which an orange line stands.
-    - `layers`: the numbers of the routed layers.
-    - `counts`: by selection, how many experts of each of these layers selected each token.
+    `tokens` and `marks` are those of a `TextMap`, `layers` the numbers of the routed layers. By
+    selection, `counts` are how many experts of each of these layers selected each token.
     """
 
     document: str
@@ -117,34 +100,29 @@ class RoutingMap:
     counts: dict[str, tuple[tuple[int, ...], ...]]
 
     def draw(self, unit: str, most_lines: int = 14) -> Figure:
-        """Draws one column of text for each selection, or two for a single one.
+        """Draws at most `most_lines` lines in one column for each selection, or two for a single.
 
-        **Arguments:**
-
-        - `unit`: of compute, `"blocks"` or `"experts"`.
-        - `most_lines`: lines of text to draw, at most.
+        `unit` is that of compute, `"blocks"` or `"experts"`.
         """
         tokens, lines = np.array(self.tokens), self.lines(most_lines)
-        panels = [(name, np.array(count), lines) for name, count in self.counts.items()]
+        counts = np.array(list(self.counts.values()))
         # A token can have as much compute as there are blocks; few have many experts.
-        totals = [int(count.sum(0).max()) for _, count, _ in panels]
-        most = max(len(self.layers) if unit == "blocks" else 1, *totals)
-        many = max(int(count.max()) for _, count, _ in panels) > 1
+        most = max(len(self.layers) if unit == "blocks" else 1, int(counts.sum(1).max()))
         shades = [to_hex(_SHADES(step)) for step in np.linspace(0, 1, most + 1)]
-        strips = EXPERTS if many else ONE_EXPERT
-        if len(panels) == 1:
-            ((name, count, _),) = panels
-            half = -(-len(lines) // 2)
-            panels = [(name, count, lines[:half]), ("", count, lines[half:])]
+        strips = EXPERTS if counts.max() > 1 else ONE_EXPERT
         texts = []
-        for _, count, _ in panels:
+        for count in counts:
             shade = [shades[total] for total in count.sum(0)]
             strip = np.minimum(count, len(strips) - 1)
             texts.append(TextMap(tokens, strip, list(strips.values()), shade, self.marks))
+        panels = [(name, text, lines) for name, text in zip(self.counts, texts, strict=True)]
+        if len(panels) == 1:
+            half = -(-len(lines) // 2)
+            panels = [(*self.counts, *texts, lines[:half]), ("", *texts, lines[half:])]
         height = texts[0].pitch * max(len(part) for _, _, part in panels)
         figure = Figure(figsize=(PAGE, _LINE * height + 0.95))
         columns = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, text, (name, _, part) in zip(columns, texts, panels, strict=True):
+        for axes, (name, text, part) in zip(columns, panels, strict=True):
             text.draw(axes, part, _WIDTH)
             axes.set(ylim=(height, 0), title=name)
         steps = np.unique(np.linspace(0, most, min(most + 1, 7)).round().astype(int))
@@ -171,15 +149,10 @@ def plot_generated(
     layers: Sequence[int],
     about: str,
 ) -> None:
-    """Draws which bytes of a generated text each routed layer computed.
+    """Draws which bytes of a generated text each routed layer computed, and writes the picture.
 
-    **Arguments:**
-
-    - `path`: the picture to write.
-    - `counts`: how many experts of each routed layer selected each token.
-    - `prompt`: the number of tokens that were given.
-    - `layers`: the numbers of these layers.
-    - `about`: the model and how it was sampled, for the caption.
+    `counts` are how many experts of each of the routed `layers` selected each token; the first
+    `prompt` tokens were given. `about`, the model and how it was sampled, begins the caption.
     """
     count = {"": tuple(map(tuple, counts.tolist()))}
     text = RoutingMap("", tuple(tokens.tolist()), (prompt,), tuple(layers), count)
@@ -213,12 +186,8 @@ def _is_dark(colour: str) -> bool:
 
 
 @cache
-def _font() -> FT2Font:
-    return FT2Font(font_manager.findfont(_FONT))
-
-
 def _drawable(character: str) -> str:
     """Returns the character, or a box where the font has none for it."""
-    if not character or _font().get_char_index(ord(character)):
-        return character
-    return "\u25a1"
+    font = font_manager.get_font(font_manager.findfont(_FONT))
+    has = not character or font.get_char_index(ord(character))
+    return character if has else "\u25a1"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +17,15 @@ from . import interrupts
 from .arms import Arm, arm_named
 from .checkpoint import Checkpoints, Notes, TrainSettings
 from .commands import Training as Training
-from .console import say
+from .console import Watch, progress, say
 from .data import Corpus, held_out_batches, read_corpus
 from .devices import by_lead, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
 from .files import FloatOrNaN, Record, read_record, write_record
 from .folder import check_out, check_same, claim, read_settings
 from .options import absolute_glob, check_options
-from .progress import progress
 from .step import TrainState, begin
-from .train import Progress, Saving, Watch, train
+from .train import Progress, Saving, train
 
 
 # Options that do not decide how a run goes. Which text it is, the fingerprint says.
@@ -33,11 +33,7 @@ _BESIDES = ("out", "data", "held_out", "save_every", "keep", "devices")
 
 
 class TrainResult(Record):
-    """`result.json`: the held-out results, losses in bits per byte and times of a finished run.
-
-    `step_seconds` is the median time of a step, `seconds` that of the whole training since it last
-    began, compilation included.
-    """
+    """`result.json`: the held-out results, and losses and times as `Trained` has them."""
 
     format = "mode-lab train result"
     version = 1
@@ -52,6 +48,12 @@ class TrainResult(Record):
     def arm(self) -> Arm:
         """The arm that was trained."""
         return arm_named(self.settings.options.arm)
+
+    @property
+    def held_out(self) -> str:
+        """The held-out results in words."""
+        bits, causal = self.evaluation.bits_top_k, self.evaluation.bits_causal
+        return f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
 
 
 class LoadedRun(NamedTuple):
@@ -76,9 +78,7 @@ def run_training(training: Training, console: Console) -> None:
         console.quiet = not is_lead()
         with progress(console, 1) as bars, bars.arm(arm.name, training.steps) as watch:
             result = train_arm(training, corpus, console, watch, mesh=mesh)
-        bits, causal = result.evaluation.bits_top_k, result.evaluation.bits_causal
-        held_out = f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
-        say(console, f"{arm.name}: {held_out}, after {training.steps} steps.")
+        say(console, f"{arm.name}: {result.held_out}, after {training.steps} steps.")
         if arm.samples:
             command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
             say(console, f"To sample from it:\n    {command}")
@@ -94,7 +94,7 @@ def train_arm(
     settings = TrainSettings(options=options, corpus=corpus.fingerprint)
     by_lead(lambda: claim(out, settings, besides=_BESIDES))
     checkpoints = Checkpoints(out / "checkpoints", training.keep)
-    restored = checkpoints.newest(like, lambda text: say(console, text))
+    restored = checkpoints.newest(like, partial(say, console))
     start = None
     if restored is not None:
         step, state, notes = restored
@@ -158,9 +158,8 @@ def load_result(out: Path, settings: TrainSettings) -> TrainResult | None:
 
 def _like(training: Training, mesh: Mesh | None) -> TrainState:
     """The shapes of the run's state, and their shardings."""
-    arm, seed = arm_named(training.arm), training.seed
-    like = eqx.filter_eval_shape(begin, arm, training.size, training.recipe, seed=seed)
-    return with_shardings(like, mesh)
+    settings = (arm_named(training.arm), training.size, training.recipe)
+    return with_shardings(eqx.filter_eval_shape(begin, *settings, seed=training.seed), mesh)
 
 
 def load_run(folder: Path, console: Console) -> LoadedRun:
@@ -169,9 +168,8 @@ def load_run(folder: Path, console: Console) -> LoadedRun:
     **Raises:** `ValueError` where `folder` is not that of a run, or holds no checkpoint.
     """
     settings = read_settings(folder, TrainSettings)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    like = _like(settings.options, None)
-    restored = checkpoints.newest(like, lambda text: say(console, text))
+    checkpoints, like = Checkpoints(folder / "checkpoints", keep=1), _like(settings.options, None)
+    restored = checkpoints.newest(like, partial(say, console))
     if restored is None:
         raise ValueError(
             f"`checkpoint` must hold a checkpoint, got {folder}, where none was saved yet. "

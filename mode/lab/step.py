@@ -13,6 +13,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 import mode
+from mode._types import Scalar
+from mode.routing import Routings
 
 from .arms import Arm
 from .data import Batch
@@ -46,7 +48,7 @@ class TrainState(eqx.Module):
 
 def next_byte_loss(
     model: mode.Transformer, batch: Batch, key: PRNGKeyArray
-) -> tuple[Float[Array, ""], tuple[mode.Routing, ...]]:
+) -> tuple[Scalar, Routings]:
     """Mean cross entropy in nats over the targets that count, and the routings."""
     logits, routings = model(batch.inputs, batch.info, key=key)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -55,16 +57,14 @@ def next_byte_loss(
 
 def loss_and_gradient(
     arm: Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
-) -> tuple[Float[Array, ""], tuple[mode.Routing, ...], PyTree]:
+) -> tuple[Scalar, Routings, PyTree]:
     """The next-byte loss, the routings, and the gradient of that loss plus the arm's own.
 
     A training step computes this; `budget` counts the FLOPs of this very function.
     """
     parameters, rest = eqx.partition(model, mode.is_trainable(model))
 
-    def objective(
-        parameters: PyTree,
-    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], tuple[mode.Routing, ...]]]:
+    def objective(parameters: PyTree) -> tuple[Scalar, tuple[Scalar, Routings]]:
         loss, routings = next_byte_loss(eqx.combine(parameters, rest), batch, key)
         extra = jnp.zeros(()) if arm.auxiliary is None else arm.auxiliary(routings)
         return loss + extra, (loss, routings)
@@ -84,14 +84,13 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 class Health(eqx.Module):
     """How a step went: the loss in nats, whether it and every gradient are finite, how many of the
     last steps in a row were skipped, and of each router its largest logit and the slots filled per
-    token.
-    """
+    token."""
 
-    loss: Float[Array, ""]
+    loss: Scalar
     finite: Bool[Array, ""]
     skipped: Int[Array, ""]
-    logits: tuple[Float[Array, ""], ...]
-    compute: tuple[Float[Array, ""], ...]
+    logits: tuple[Scalar, ...]
+    compute: tuple[Scalar, ...]
 
 
 Step = Callable[[tuple[dict[str, Any], Any], TrainState], tuple[TrainState, Health]]
@@ -113,7 +112,7 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
-        given: tuple[dict[str, Int[Array, "batch sample"]], Float[Array, ""]], state: TrainState
+        given: tuple[dict[str, Int[Array, "batch sample"]], Scalar], state: TrainState
     ) -> tuple[TrainState, Health]:
         sample, rate = given
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -133,13 +132,9 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
 
         model, moments = jax.tree.map(select, (model, moments), (state.model, state.optimizer))
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        health = Health(
-            loss,
-            finite,
-            skipped,
-            tuple(jnp.max(jnp.abs(routing.logits)) for routing in routings),
-            tuple(mode.routing_metrics(routing).compute for routing in routings),
-        )
+        logits = tuple(jnp.max(jnp.abs(routing.logits)) for routing in routings)
+        compute = tuple(mode.routing_metrics(routing).compute for routing in routings)
+        health = Health(loss, finite, skipped, logits, compute)
         return in_place(TrainState(model, moments, state.step + 1, skipped, state.key)), health
 
     return step

@@ -16,6 +16,7 @@ from .observe import Observation
 FEW = 20
 _QUANTILES = [0.05, 0.25, 0.5, 0.75, 0.95]
 _DESCRIBED = ["count", "mean", "5%", "25%", "50%", "75%", "95%"]
+Classes = Int[np.ndarray, "sequences tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +64,12 @@ class Summary:
 
 
 def summarise(
-    observations: Mapping[str, Observation],
-    classes: Int[np.ndarray, "sequences tokens"],
-    *,
-    seed: int,
-    draws: int = 1000,
+    observations: Mapping[str, Observation], classes: Classes, *, seed: int, draws: int = 1000
 ) -> Summary:
-    """Computes the tables of one model on one text.
+    """Computes the tables of one model on one text, from observations by rule of selection.
 
-    **Arguments:**
-
-    - `observations`: by the name of the rule of selection.
-    - `classes`: the class of each token, a number of `CLASSES`.
-    - `seed`, `draws`: of the bootstrap; the draws are the same for every selection.
+    `classes` are the numbers in `CLASSES` of the tokens' classes. `seed` and `draws` are those of
+    the bootstrap, whose draws are the same for every selection.
     """
     # The same bins for every selection, so that they can be compared.
     by_router = zip(*(observation.routers for observation in observations.values()), strict=True)
@@ -87,7 +81,7 @@ def summarise(
     for selection, observation in observations.items():
         tokens = _tokens(observation, classes)
         parts = {
-            "totals": _totals(observation, tokens, seed, draws),
+            "totals": _totals(tokens, seed, draws),
             "classes": _classes(tokens, seed, draws),
             "depths": _depths(observation, tokens),
             **_routers(observation, edges),
@@ -100,7 +94,7 @@ def summarise(
     return Summary(**joined, layers=first.layers, max_compute=len(first.fractions))
 
 
-def _tokens(observation: Observation, classes: Int[np.ndarray, "sequences tokens"]) -> pd.DataFrame:
+def _tokens(observation: Observation, classes: Classes) -> pd.DataFrame:
     """Makes a row for each token that counts. Sequences without such tokens get no number."""
     sequence = observation.counted.any(axis=1).cumsum() - 1
     columns = {
@@ -113,12 +107,10 @@ def _tokens(observation: Observation, classes: Int[np.ndarray, "sequences tokens
     return pd.DataFrame({name: values[observation.counted] for name, values in columns.items()})
 
 
-def _totals(observation: Observation, tokens: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
-    compute, entropy, sequence = (
-        tokens[name].to_numpy() for name in ("compute", "entropy", "sequence")
-    )
-    sequences = int(sequence.max()) + 1
-    statistic = correlations(compute.astype(float), entropy, sequence)
+def _totals(tokens: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
+    compute, entropy = tokens["compute"].to_numpy(float), tokens["entropy"].to_numpy()
+    sequences = int(tokens["sequence"].max()) + 1
+    statistic = correlations(compute, entropy, tokens["sequence"].to_numpy())
     estimates = bootstrap(statistic, sequences, seed=seed, draws=draws)
     frame = tokens[["bits_per_byte", "compute", "entropy"]].mean().to_frame().T
     frame.insert(1, "tokens", len(tokens))
@@ -147,11 +139,10 @@ def _classes(tokens: pd.DataFrame, seed: int, draws: int) -> pd.DataFrame:
 def _depths(observation: Observation, tokens: pd.DataFrame) -> pd.DataFrame:
     entropy = tokens.groupby("compute")["entropy"].describe(percentiles=_QUANTILES)
     fractions = observation.fractions
-    entropy = entropy[_DESCRIBED].reindex(range(len(fractions) + 1))
+    values = np.arange(len(fractions) + 1)
+    entropy = entropy[_DESCRIBED].reindex(values)
     entropy["count"] = entropy["count"].fillna(0).astype(int)
-    chance = np.ones(1)
-    if len(fractions):
-        chance = stats.poisson_binom(fractions).pmf(np.arange(len(entropy)))
+    chance = stats.poisson_binom(fractions).pmf(values) if len(fractions) else 1.0
     frame = pd.DataFrame({"compute": entropy.index, "fraction": entropy["count"] / len(tokens)})
     return frame.assign(independent=chance).join(entropy)
 

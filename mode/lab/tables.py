@@ -4,22 +4,18 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import pandas as pd
 import rich.box
 from rich.table import Table
 from rich.text import Text
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 # A format specification such as ".3f", or a function of one value; for columns by name.
 Format = str | Callable[[Any], str]
 Formats = Mapping[str, Format]
-# In place of a value that is missing or undefined.
-DASH = "-"
+DASH = "-"  # in place of a value that is missing or undefined
 
 
 def escape(text: str) -> str:
@@ -31,20 +27,20 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(text.split()))
 
 
-def format_cells(frame: "pd.DataFrame", formats: Formats | None = None) -> "pd.DataFrame":
-    """Formats every cell of a frame as plain text, by default by `str`; `None` and NaN become a
-    dash."""
+def format_cells(frame: pd.DataFrame, formats: Formats | None = None) -> pd.DataFrame:
+    """Formats every cell of a frame as text, by default by `str`; `None` and NaN become a dash."""
     columns = {}
     for name in frame.columns:
         show = (formats or {}).get(name, str)
         show = show if callable(show) else ("{:" + show + "}").format
-        columns[name] = [DASH if _is_missing(value) else show(value) for value in frame[name]]
+        # `None` is missing, and so is what does not equal itself.
+        columns[name] = [DASH if x is None or x != x else show(x) for x in frame[name]]
     # Of objects: a column of strings alone would be of another dtype in newer versions of pandas.
-    return type(frame)(columns, columns=frame.columns, dtype=object)
+    return pd.DataFrame(columns, columns=frame.columns, dtype=object)
 
 
 def to_markdown(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     formats: Formats | None = None,
     *,
     bold: Collection[int] = (),
@@ -55,19 +51,16 @@ def to_markdown(
     Rows `bold`, by position, are bold. Columns of text are aligned to the left, but for those in
     `right`; others are aligned to the right.
     """
-    cells = format_cells(frame, formats)
-    for name in cells.columns:
-        cells[name] = [
-            f"**{escape(cell)}**" if row in bold else escape(cell)
-            for row, cell in enumerate(cells[name])
-        ]
+    cells = format_cells(frame, formats).map(escape)
+    for row in bold:
+        cells.iloc[row] = [f"**{cell}**" for cell in cells.iloc[row]]
     cells.columns = [escape(str(name)) for name in frame.columns]
     sides = [_side(frame, name, right) for name in frame.columns]
     return cells.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
 
 def to_console(
-    frame: "pd.DataFrame",
+    frame: pd.DataFrame,
     formats: Formats | None = None,
     *,
     title: str | None = None,
@@ -75,8 +68,7 @@ def to_console(
     right: Collection[str] = (),
 ) -> Table:
     """Makes a table for a console, by the arguments of `to_markdown`. Text is never markup."""
-    heading = None if title is None else Text(title)
-    table = Table(title=heading, title_justify="left", box=rich.box.SIMPLE)
+    table = Table(title=title and Text(title), title_justify="left", box=rich.box.SIMPLE)
     shown = format_cells(frame, formats)
     for place, name in enumerate(frame.columns):
         # Headings break between words, as narrow as the cells: a wide table is not cut off.
@@ -84,7 +76,7 @@ def to_console(
         longest = max(map(len, (*words, *shown[name], " " * 8)))
         table.add_column(
             Text(textwrap.fill(str(name), longest, break_long_words=False)),
-            justify="left" if _side(frame, name, right) == "left" else "right",
+            justify=_side(frame, name, right),
             vertical="bottom",
             no_wrap=not place,
             overflow="fold",
@@ -95,11 +87,7 @@ def to_console(
     return table
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value != value
-
-
-def _side(frame: "pd.DataFrame", name: str, right: Collection[str]) -> str:
+def _side(frame: pd.DataFrame, name: str, right: Collection[str]) -> Literal["left", "right"]:
     is_text = any(isinstance(value, str) for value in frame[name])
     return "left" if is_text and name not in right else "right"
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,13 +14,12 @@ from jax.sharding import Mesh
 import mode
 
 from .arms import Arm, Size
+from .console import Watch
 from .data import Documents, batches
 from .devices import feed, on_any
 from .step import Health, Recipe, TrainState, begin, learning_rates, make_step
 
 
-# Told the steps done and the latest loss, in bits per byte.
-Watch = Callable[[int, float], None]
 # Steps between two looks at the loss. Each look waits for the device.
 _LOOK = 10
 # Skipped steps in a row after which the run ends.
@@ -79,9 +78,9 @@ def train(
 ) -> Trained:
     """Trains `arm` for exactly `steps` steps, at least 2.
 
-    The `seed` is that of parameters, data order and random routing. With the `progress` of an
-    earlier run of the same arguments, every loss and parameter comes out as it would have without
-    the interruption. Where a `mesh` is set, each process reads its own rows of every batch.
+    `seed` is of parameters, data order and random routing. With the `progress` of an earlier run of
+    the same arguments, every loss and parameter comes out as without the interruption. Where a
+    `mesh` is set, each process reads its own rows of every batch.
 
     **Raises:** `FloatingPointError` where the loss or a gradient is not finite, with the step and
     what the routers did; under `on_nonfinite="skip"` only after ten such steps in a row.
@@ -93,14 +92,12 @@ def train(
     structure = jax.tree.structure(state)
     rows = {"part": jax.process_index(), "parts": jax.process_count()}
     stream = batches(documents, length=size.length, batch=size.batch, seed=seed, **rows)
-    losses: list[float] = []
+    losses = [] if progress is None else list(progress.losses)
     if progress is not None:
         stream.set_state(progress.stream)
-        losses += progress.losses
+    times, waits = [], []
     step, rates = make_step(arm, recipe), learning_rates(recipe, steps)
     change, every = arm.change(steps), steps if saving is None else saving.every
-    times: list[float] = []
-    waits: list[float] = []
     for first, last in ((0, change), (change, steps)):
         if len(losses) >= last:
             continue
@@ -114,8 +111,10 @@ def train(
             start = time.perf_counter()
             healths = []
             for rate in rates[done : done + count]:
-                sample = feed(_timed(stream, waits), mesh)
-                state, health = step((sample, rate), state)
+                before = time.perf_counter()
+                sample = next(stream)
+                waits.append(time.perf_counter() - before)
+                state, health = step((feed(sample, mesh), rate), state)
                 healths.append(health)
             healths = jax.device_get(healths)
             if compiled:
@@ -139,19 +138,8 @@ def train(
     return Trained(model, losses, step_seconds, seconds, sum(waits, start=0.0))
 
 
-def _timed(stream: Iterator[Any], waits: list[float]) -> Any:
-    """The next batch; adds to `waits` how long it took to come."""
-    began = time.perf_counter()
-    sample = next(stream)
-    waits.append(time.perf_counter() - began)
-    return sample
-
-
 def _check(arm: Arm, recipe: Recipe, healths: list[Health], done: int) -> None:
-    """Warns of skipped steps, or ends the run.
-
-    **Raises:** `FloatingPointError`.
-    """
+    """Warns of skipped steps, or ends the run by a `FloatingPointError`."""
     for number, health in enumerate(healths, done + 1):
         if health.finite:
             continue
@@ -160,11 +148,10 @@ def _check(arm: Arm, recipe: Recipe, healths: list[Health], done: int) -> None:
         if recipe.on_nonfinite == "skip" and health.skipped < _MOST_SKIPPED:
             warnings.warn(f"{message}, which is skipped", stacklevel=3)
             continue
+        pairs = enumerate(zip(health.logits, health.compute, strict=True), 1)
         routers = "; ".join(
             f"router {place}: largest logit {logit:.3g}, {compute:.3f} slots per token"
-            for place, (logit, compute) in enumerate(
-                zip(health.logits, health.compute, strict=True), 1
-            )
+            for place, (logit, compute) in pairs
         )
         raise FloatingPointError(
             f"{message}{f' ({routers})' if routers else ''}. Its update was skipped. Lower "

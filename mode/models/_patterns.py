@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,8 @@ from .._capacity import Capacity
 from .._checks import check_count
 from ..nn import MixtureOfDepths, Residual, TransformerBlock
 from ..routing import AbstractGate, IdentityGate, Predictor
-from ._stack import MakeLayer
+from ._stack import MakeLayer, Period
 from ._transformer import Transformer
-
-
-Period = list[MakeLayer]
 
 
 def interleave(
@@ -53,26 +51,15 @@ def interleave(
     *Source:* arXiv:2404.02258, section 4.1: routing every other block is crucial. *Relative to the
     paper:* it does not say whether the first block is routed; here it is dense.
     """
-    for name, value, least in (("depth", depth, 1), ("every", every, 1), ("offset", offset, 0)):
-        check_count(name, value, least)
-    count = len(range(offset, depth, every))
-    schedule = list(routed) if isinstance(routed, Sequence) else [routed] * count
-    if len(schedule) != count:
-        raise ValueError(
-            f"`routed` must have one layer per routed layer, {count}, got {len(schedule)}."
-        )
-    # The first dense layers that belong to no period, whole periods, and the dense rest.
+    schedule = _schedule("routed", "layer", routed, depth, every, offset)
+    layers = [dense] * depth
+    layers[offset::every] = schedule
+    # The first dense layers that belong to no period, whole periods, and what is left of one.
     start = min(offset // every * every, depth)
-    inside = offset - start
-    stacks: list[tuple[Period, int]] = [([dense], start)]
-    repeats = (depth - start) // every
-    for make, same in itertools.groupby(schedule[:repeats]):
-        period = [make if index == inside else dense for index in range(every)]
-        stacks.append((period, len(list(same))))
-    rest = schedule[repeats:]
-    tail = [rest[0] if index == inside else dense for index in range((depth - start) % every)]
-    stacks.append((tail, 1))
-    return [(period, times) for period, times in stacks if period and times]
+    stacks: list[tuple[Period, int]] = [([dense], start)] if start else []
+    periods = [layers[bottom : bottom + every] for bottom in range(start, depth, every)]
+    stacks += [(period, len(list(same))) for period, same in itertools.groupby(periods)]
+    return stacks
 
 
 def mod_transformer(
@@ -97,11 +84,10 @@ def mod_transformer(
     **Arguments:**
 
     - `vocab`, `dim`, `tied`, `dtype`, `remat`: of `Transformer`.
-    - `depth`: number of layers.
+    - `depth`, `every`, `offset`: number of layers, and which are routed: of `interleave`.
     - `num_heads`, `num_kv_heads`: of `TransformerBlock`.
     - `capacity`: of each routed layer; a sequence is a schedule, one number per routed layer from
         bottom to top. Neighbours of one capacity share a scan.
-    - `every`, `offset`: which layers are routed, see `interleave`.
     - `gate`: of `MixtureOfDepths`.
     - `predictor`: whether each router has a `Predictor`.
 
@@ -125,30 +111,30 @@ def mod_transformer(
     def routed(capacity: Capacity) -> MakeLayer:
         def make(key: PRNGKeyArray) -> MixtureOfDepths:
             block_key, router_key, predictor_key = jax.random.split(key, 3)
+            guess = Predictor(dim, key=predictor_key) if predictor else None
             return MixtureOfDepths(
-                block(block_key),
-                dim,
-                capacity,
-                gate=gate,
-                predictor=Predictor(dim, key=predictor_key) if predictor else None,
-                key=router_key,
+                block(block_key), dim, capacity, gate=gate, predictor=guess, key=router_key
             )
 
         return make
 
-    if isinstance(capacity, Sequence):
-        count = len(range(offset, depth, every))
-        if len(capacity) != count:
-            raise ValueError(
-                f"`capacity` must have one number per routed layer, {count}, got {len(capacity)}."
-            )
-        # One function per run of equal capacities: those that are the same share a scan.
-        makes = [
-            make
-            for value, same in itertools.groupby(capacity)
-            for make in [routed(value)] * len(list(same))
-        ]
-        stacks = interleave(dense, makes, depth, every=every, offset=offset)
-    else:
-        stacks = interleave(dense, routed(capacity), depth, every=every, offset=offset)
+    capacities = _schedule("capacity", "number", capacity, depth, every, offset)
+    makes: list[MakeLayer] = []
+    for value, same in itertools.groupby(capacities):
+        makes += [routed(value)] * len(list(same))  # the same function: they share a scan
+    stacks = interleave(dense, makes, depth, every=every, offset=offset)
     return Transformer(vocab, dim, stacks=stacks, tied=tied, dtype=dtype, remat=remat, key=key)
+
+
+def _schedule(name: str, kind: str, value: Any, depth: int, every: int, offset: int) -> list[Any]:
+    """Returns one value per routed layer, from a sequence of them or one for all."""
+    check_count("depth", depth, 1)
+    check_count("every", every, 1)
+    check_count("offset", offset, 0)
+    count = len(range(offset, depth, every))
+    schedule = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(schedule) != count:
+        raise ValueError(
+            f"`{name}` must have one {kind} per routed layer, {count}, got {len(schedule)}."
+        )
+    return schedule

@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._checks import can_be_called, check_count, type_name
 from .._token_info import TokenInfo
@@ -15,6 +15,8 @@ from ..parallel import all_gather_parameters, role_field, shard_batch
 
 
 MakeLayer = Callable[[PRNGKeyArray], Layer]
+Period = Sequence[MakeLayer]
+Extended = tuple[Hidden, Routings, tuple[Any, ...]]
 
 
 class LayerStack(AbstractLayer):
@@ -39,31 +41,21 @@ class LayerStack(AbstractLayer):
         """Number of layers."""
         return len(self.layers) * self.repeats
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None
-    ) -> tuple[Hidden, Routings, tuple[Any, ...]]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None) -> Extended:
         """Runs all layers in turn. See `AbstractLayer`.
 
-        After earlier tokens, `cache` is a tuple of one cache per layer of the period. Each routing
-        and each array of a new cache has a leading axis of repeats.
+        After earlier tokens, `cache` is a tuple of one cache per layer of the period. Each array of
+        a routing or a new cache has a leading axis of repeats.
         """
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.layers)))
         is_kept = not isinstance(cache, Cache) or cache.is_kept
         caches = (cache,) * len(self.layers) if isinstance(cache, Cache) else cache
 
-        def repeat(
-            x: Hidden, one: tuple[PyTree, Any, Any]
-        ) -> tuple[Hidden, tuple[Routings, tuple[Any, ...]]]:
+        def repeat(x: Hidden, one: tuple[PyTree, Any, Any]) -> tuple[Hidden, tuple[Any, Any]]:
             arrays, caches, keys = one
             layers = eqx.combine(all_gather_parameters(arrays), rest)
-            routings: Routings = ()
-            news: tuple[Any, ...] = ()
-            for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-                layer_key = None if keys is None else keys[index]
-                x, routed, new = _run_layer(layer, x, info, cache, layer_key)
-                routings += routed
-                news += (new,)
+            x, routings, news = run_layers(layers, x, info, caches, keys)
             # In training nothing is kept: entries must not leave the scan, which would store them.
             return shard_batch(x), (routings, news if is_kept else ())
 
@@ -75,8 +67,32 @@ class LayerStack(AbstractLayer):
         return x, routings, news
 
 
+def run_layers(
+    layers: Sequence[Layer], x: Hidden, info: TokenInfo, caches: tuple[Any, ...], keys: Any
+) -> Extended:
+    """Runs layers in turn, each with its cache and its key; `keys` may be `None`."""
+    keys = [None] * len(layers) if keys is None else keys
+    routings: Routings = ()
+    news: tuple[Any, ...] = ()
+    for layer, cache, key in zip(layers, caches, keys, strict=True):
+        if isinstance(layer, AbstractLayer):
+            x, routed, new = layer.extend(x, info, cache, key=key)
+        elif isinstance(cache, Cache) and not cache.is_kept:
+            x, routed = layer(x, info, key=key)
+            new = ()
+        else:
+            raise ValueError(
+                f"`model` must be able to decode, but its layer `{type(layer).__name__}` is no "
+                "`AbstractLayer` with a method `extend`. Build it from `Residual` and "
+                "`MixtureOfDepths`, around blocks of your own."
+            )
+        routings += routed
+        news += (new,)
+    return x, routings, news
+
+
 def stack_layers(
-    period: Sequence[MakeLayer], repeats: int = 1, *, remat: bool = False, key: PRNGKeyArray
+    period: Period, repeats: int = 1, *, remat: bool = False, key: PRNGKeyArray
 ) -> LayerStack:
     """Builds a stack of layers.
 
@@ -98,37 +114,18 @@ def stack_layers(
     check_count("period", len(period), 1)
     repeats = check_count("repeats", repeats, 1)
     keys = jax.random.split(key, (repeats, len(period)))
-    # Built under `vmap`, as experts are: the arrays come stacked, everything else comes once.
-    layers = (eqx.filter_vmap(_checked(make))(keys[:, index]) for index, make in enumerate(period))
-    return LayerStack(repeats, tuple(layers), remat)
+    layers = tuple(_build(make, keys[:, index]) for index, make in enumerate(period))
+    return LayerStack(repeats, layers, remat)
 
 
-def _run_layer(
-    layer: Any, x: Hidden, info: TokenInfo, cache: Caches, key: Key
-) -> tuple[Hidden, Routings, Any]:
-    if isinstance(layer, AbstractLayer):
-        return layer.extend(x, info, cache, key=key)
-    if not isinstance(cache, Cache) or cache.is_kept:
-        raise ValueError(
-            f"`model` must be able to decode, but its layer `{type(layer).__name__}` is no "
-            "`AbstractLayer` with a method `extend`. Build it from `Residual` and "
-            "`MixtureOfDepths`, around blocks of your own."
-        )
-    hidden, routings = layer(x, info, key=key)
-    return hidden, routings, ()
-
-
-def _checked(make: MakeLayer) -> MakeLayer:
-    """Checks what builds a layer, and the layer that it builds."""
-
-    def build(key: PRNGKeyArray) -> Layer:
-        layer = make(key)
-        check_layer("period", layer)
-        return layer
-
+def _build(make: MakeLayer, keys: Array) -> Layer:
+    """Builds a layer for each key, stacked, and checks what builds it."""
     if isinstance(make, AbstractLayer | AbstractBlock) or not can_be_called(make, None):
         raise ValueError(
             "`period` must hold functions, each of which builds a layer from a key, got "
             f"{type_name(make)}. Write `lambda key: Residual(TransformerBlock(..., key=key))`."
         )
-    return build
+    # Under `vmap`, as experts are: the arrays come stacked, everything else comes once.
+    layer = eqx.filter_vmap(make)(keys)
+    check_layer("period", layer)
+    return layer

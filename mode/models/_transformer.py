@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_count
+from .._checks import check_count, is_known
 from .._dtypes import float32_or_wider
 from .._linear import Linear, RMSNorm, project
 from .._token_info import TokenInfo, resolve_info
-from .._types import Hidden, Ids, Key
+from .._types import Hidden, Ids, Key, TokenMask
 from ..nn import Cache, Caches, Routings
 from ..parallel import all_gather_parameters, role_field, shard_batch
-from ._stack import LayerStack, MakeLayer, stack_layers
+from ._stack import Extended, LayerStack, Period, run_layers, stack_layers
 
 
 class Transformer(eqx.Module):
@@ -29,9 +30,8 @@ class Transformer(eqx.Module):
 
     - `vocab`: number of token ids.
     - `dim`: features of the hidden states.
-    - `period`: functions, each of which builds a layer from a key, from bottom to top.
-    - `repeats`: how often the period is repeated.
-    - `stacks`: instead of both, a list of `(period, repeats)` from bottom to top: a schedule, such
+    - `period`, `repeats`: as `stack_layers` takes them.
+    - `stacks`: instead of period and repeats, a list of both from bottom to top: a schedule, such
         as the one that `interleave` returns.
     - `tied`: whether the embedding is the output projection too.
     - `dtype`: of the activations, such as `jnp.bfloat16`.
@@ -57,10 +57,10 @@ class Transformer(eqx.Module):
         self,
         vocab: int,
         dim: int,
-        period: Sequence[MakeLayer] | None = None,
+        period: Period | None = None,
         repeats: int = 1,
         *,
-        stacks: Sequence[tuple[Sequence[MakeLayer], int]] | None = None,
+        stacks: Sequence[tuple[Period, int]] | None = None,
         tied: bool = True,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
@@ -92,10 +92,13 @@ class Transformer(eqx.Module):
 
         **Arguments:**
 
-        - `tokens`: `[*groups, tokens]`, ids below `vocab`. Any other id, but in the padding, gives
-            NaN.
+        - `tokens`: `[*groups, tokens]`, ids below `vocab`; anything in the padding.
         - `info`: positions and segments; plain sequences where it is left out.
         - `key`: for selectors and blocks that draw random numbers.
+
+        **Raises:** `ValueError` for another id. Inside a compiled program, which cannot raise, the
+        logits at its position are NaN, and those of the whole sequence once a block that attends
+        has computed it.
         """
         if tokens.ndim < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -103,13 +106,14 @@ class Transformer(eqx.Module):
                 f"{tokens.shape} and dtype {tokens.dtype}."
             )
         info = resolve_info(tokens[..., None], info)
+        self.check_ids("tokens", tokens, info.valid)
         caches = (Cache.empty(),) * len(self.stacks)
         hidden, routings, _ = self.extend(tokens, info, caches, key=key)
         return self.unembed(hidden), routings
 
     def extend(
         self, tokens: Ids, info: TokenInfo, caches: tuple[Caches, ...], *, key: Key = None
-    ) -> tuple[Hidden, Routings, tuple[Caches, ...]]:
+    ) -> Extended:
         """Runs new tokens after those in the caches, one per stack, as layers do.
 
         **Returns:** the hidden states of the last layer, the routings, and the caches of the new
@@ -117,14 +121,19 @@ class Transformer(eqx.Module):
         """
         # Any id may stand in the padding.
         x = self.embed(jnp.where(info.valid, tokens, 0))
-        keys = [None] * len(self.stacks) if key is None else jax.random.split(key, len(self.stacks))
-        routings: Routings = ()
-        news: tuple[Caches, ...] = ()
-        for stack, cache, stack_key in zip(self.stacks, caches, keys, strict=True):
-            x, routed, new = stack.extend(x, info, cache, key=stack_key)
-            routings += routed
-            news += (new,)
-        return x, routings, news
+        keys = None if key is None else jax.random.split(key, len(self.stacks))
+        return run_layers(self.stacks, x, info, caches, keys)
+
+    def check_ids(self, name: str, tokens: Ids, real: TokenMask | np.ndarray) -> None:
+        """Refuses `real` tokens that are no ids of the vocabulary, where they are known."""
+        if not (is_known(tokens) and is_known(real)):
+            return
+        vocab, ids = self.embedding.shape[0], np.asarray(tokens)[np.asarray(real)]
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab):
+            raise ValueError(
+                f"`{name}` must be ids from 0 to {vocab - 1}, the model's vocabulary, got ids from "
+                f"{ids.min()} to {ids.max()}."
+            )
 
     def embed(self, tokens: Ids) -> Hidden:
         """Maps token ids to hidden states, as the first layer takes them."""
@@ -152,32 +161,29 @@ def unstack_layers(model: Transformer) -> Transformer:
     step costs more than the layer. Compiling takes longer in proportion to the depth.
     """
 
-    def split(stack: LayerStack) -> list[LayerStack]:
+    def one(stack: LayerStack, repeat: int) -> LayerStack:
         arrays, rest = eqx.partition(stack.layers, eqx.is_array)
-        parts = [jax.tree.map(lambda a, r=r: a[r : r + 1], arrays) for r in range(stack.repeats)]
-        return [LayerStack(1, eqx.combine(part, rest), stack.remat) for part in parts]
+        arrays = jax.tree.map(lambda leaf: leaf[repeat : repeat + 1], arrays)
+        return LayerStack(1, eqx.combine(arrays, rest), stack.remat)
 
-    stacks = tuple(part for stack in model.stacks for part in split(stack))
+    stacks = tuple(one(stack, repeat) for stack in model.stacks for repeat in range(stack.repeats))
     return eqx.tree_at(lambda m: m.stacks, model, stacks)
 
 
 def _schedule(
-    period: Sequence[MakeLayer] | None,
-    repeats: int,
-    stacks: Sequence[tuple[Sequence[MakeLayer], int]] | None,
-) -> list[tuple[Sequence[MakeLayer], int]]:
-    if (period is None) == (stacks is None):
+    period: Period | None, repeats: int, stacks: Sequence[tuple[Period, int]] | None
+) -> Sequence[tuple[Period, int]]:
+    if period is not None and stacks is None:
+        return [(period, repeats)]
+    if period is not None or stacks is None:
         raise ValueError(
             "give exactly one of `period` (with `repeats`) and `stacks`, got "
             f"{'neither' if period is None else 'both'}."
         )
-    if stacks is None:
-        assert period is not None
-        return [(period, repeats)]
     if repeats != 1:
         raise ValueError(
             f"`repeats` goes with `period`, got repeats={repeats} beside `stacks`. Each stack is a "
             "pair (period, repeats)."
         )
     check_count("stacks", len(stacks), 1)
-    return list(stacks)
+    return stacks

@@ -1,7 +1,7 @@
 """Blocks and layers: attention, feed-forwards, Mixture-of-Depths, Mixture-of-Experts and MoDE."""
 
 from ._adapters import Delta as Delta, PositionWise as PositionWise
-from ._attention import Attention as Attention
+from ._attention import Attention as Attention, rope as rope
 from ._attention_function import (
     AbstractAttentionFunction as AbstractAttentionFunction,
     CausalAttention as CausalAttention,
@@ -15,18 +15,19 @@ from ._contracts import (
     Caches as Caches,
     Layer as Layer,
     Routings as Routings,
-    check_block as check_block,
     check_layer as check_layer,
 )
-from ._experts import Expert as Expert, MakeExpert as MakeExpert
-from ._feedforward import GELUFeedForward as GELUFeedForward, SwiGLUFeedForward as SwiGLUFeedForward
-from ._mixture_of_depths import MixtureOfDepths as MixtureOfDepths
+from ._experts import (
+    Expert as Expert,
+    GELUFeedForward as GELUFeedForward,
+    MakeExpert as MakeExpert,
+    SwiGLUFeedForward as SwiGLUFeedForward,
+)
+from ._mixture_of_depths import MixtureOfDepths as MixtureOfDepths, Residual as Residual
 from ._mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from ._mode import (
     integrated_mode_layer as integrated_mode_layer,
     reduced_capacity_moe as reduced_capacity_moe,
     staged_mode_layer as staged_mode_layer,
 )
-from ._residual import Residual as Residual
-from ._rope import rope as rope
 from ._transformer_block import TransformerBlock as TransformerBlock

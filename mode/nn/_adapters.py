@@ -8,15 +8,16 @@ from jaxtyping import Array, Float
 from .._checks import can_be_called, check_kept_shape, takes_key, type_name
 from .._dtypes import cast_parameters
 from .._token_info import TokenInfo
-from .._types import Hidden, Key, Vector
+from .._types import Hidden, Key, VectorMap
 from ._cache import Cache
-from ._contracts import AbstractBlock, AbstractLayer, Routings
+from ._contracts import AbstractBlock, AbstractLayer, BlockResult
 
 
 def map_rows(
     function: Callable[..., Float[Array, "..."]], rows: Float[Array, "rows ..."], key: Key
 ) -> Float[Array, "rows ..."]:
-    """Maps `function` over rows, with a key of its own for each where it takes one."""
+    """Maps `function` over rows, in their dtype and with a key for each where it takes one."""
+    function = cast_parameters(function, rows.dtype)
     if key is None or not takes_key(function):
         return jax.vmap(function)(rows)
     keys = jax.random.split(key, rows.shape[0])
@@ -26,16 +27,15 @@ def map_rows(
 class Delta(AbstractBlock):
     r"""A block made of a module that has its own skip connection: $f(X) = M(X) - X$.
 
-    The module maps one sequence, `[tokens, dim]`, to one of the same shape, as Equinox modules do.
-    It is mapped over the groups, and given a key where it has a parameter `key`. It gets neither
-    positions nor segments: it sees the selected tokens in time order, and zeros at the end for
-    empty slots. (A norm in it needs its epsilon: the gradient of a norm without one is NaN at 0.)
-    A module that needs more, packed documents, or decoding is better written as a block. In
-    bfloat16 the difference loses digits that a block which returns its update keeps.
+    The module gets neither positions nor segments: it sees the selected tokens in time order, and
+    zeros at the end for empty slots. (A norm in it needs its epsilon: the gradient of a norm
+    without one is NaN at 0.) What needs more, packed documents, or decoding is better written as a
+    block. In bfloat16 the difference loses digits that such a block keeps.
 
     **Arguments:**
 
-    - `module`: maps `[tokens, dim]` to `[tokens, dim]`.
+    - `module`: maps one sequence, `[tokens, dim]`, to `[tokens, dim]`; gets a key where it has a
+        parameter `key`.
 
     **Raises:** `ValueError` for a layer of this library, whose block can be used as it is; at the
     call, for a module that changes the shape.
@@ -63,9 +63,7 @@ class Delta(AbstractBlock):
                 "`Delta`."
             )
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, tuple[()]]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Maps whole sequences, `[*groups, tokens, dim]`, to their update; no routings.
 
         **Raises:** `ValueError` in a model that decodes: the module has no form for new tokens.
@@ -79,7 +77,7 @@ class Delta(AbstractBlock):
             )
         with jax.named_scope("mode.Delta"):
             groups = x.reshape(-1, *x.shape[-2:])
-            hidden = map_rows(cast_parameters(self.module, x.dtype), groups, key)
+            hidden = map_rows(self.module, groups, key)
             check_kept_shape("module", hidden.shape[1:], groups.shape[1:])
             return hidden.reshape(x.shape) - x, (), ()
 
@@ -89,8 +87,7 @@ class PositionWise(AbstractBlock):
 
     **Arguments:**
 
-    - `function`: maps one vector to one of the same size. It is given a key where it has a
-        parameter `key`.
+    - `function`: maps one vector to one of its size; gets a key where it has a parameter `key`.
 
     **Raises:** `ValueError` at the call, for a function that changes the size.
 
@@ -100,14 +97,12 @@ class PositionWise(AbstractBlock):
     (2, 4, 8)
     """
 
-    function: Callable[[Vector], Vector]
+    function: VectorMap
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, tuple[()]]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Maps each token by itself; no routings, no entries. See `AbstractBlock`."""
         del info, cache
         rows = x.reshape(-1, x.shape[-1])
-        update = map_rows(cast_parameters(self.function, x.dtype), rows, key)
+        update = map_rows(self.function, rows, key)
         check_kept_shape("function", update.shape[1:], rows.shape[1:])
         return update.reshape(x.shape), (), ()

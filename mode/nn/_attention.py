@@ -1,27 +1,23 @@
 """The attention block: projections, rotary embeddings and an attention function."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_count, check_hidden, type_name
+from .._dtypes import float32_or_wider
 from .._linear import Linear
 from .._token_info import TokenInfo
-from .._types import Hidden, Key, Keys, Queries
+from .._types import Hidden, Ids, Key
 from ..parallel import role_field
 from ._attention_function import AbstractAttentionFunction, Attend, CausalAttention
 from ._cache import Cache
-from ._contracts import AbstractBlock, Routings
-from ._rope import rope
+from ._contracts import AbstractBlock, BlockResult
 
 
 class Attention(AbstractBlock):
-    r"""Causal grouped-query self-attention with rotary embeddings at original positions.
-
-    Query head $h$ reads key-value head $\lfloor h \, H_{kv} / H \rfloor$.
+    """Causal grouped-query self-attention with rotary embeddings at original positions.
 
     **Arguments:**
 
@@ -62,25 +58,35 @@ class Attention(AbstractBlock):
         key: PRNGKeyArray,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_heads(dim, num_heads, num_kv_heads)
+        check_count("num_heads", num_heads, 1)
+        check_count("num_kv_heads", num_kv_heads, 1)
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(
+                "`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, "
+                f"got dim={dim} and num_heads={num_heads}. The next that fits is "
+                f"{-(-dim // (2 * num_heads)) * 2 * num_heads}."
+            )
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"`num_heads` must be divisible by `num_kv_heads`, got {num_heads} and "
+                f"{num_kv_heads}. Each key-value head serves the same number of query heads."
+            )
         if isinstance(attend, type) or not callable(attend):
             raise ValueError(
                 "`attend` must be an attention function, such as `CausalAttention()`, got "
                 f"{type_name(attend)}."
             )
-        head_dim = dim // num_heads
         qkv_key, out_key = jax.random.split(key)
         # Queries, keys and values in one product: a tenth faster than three small ones.
-        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, key=qkv_key)
+        qkv_dim = (num_heads + 2 * num_kv_heads) * (dim // num_heads)
+        self.qkv = Linear(dim, qkv_dim, key=qkv_key)
         self.out = Linear(dim, dim, key=out_key)
         self.attend = attend
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.rope_theta = rope_theta
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, PyTree]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Attends from new tokens. See `AbstractBlock`; no routings. The entries are keys and
         values, `[batch, kv_heads, new, head_dim]`."""
         del key
@@ -88,49 +94,53 @@ class Attention(AbstractBlock):
         with jax.named_scope("mode.Attention"):
             rows = x.reshape(-1, *x.shape[-2:])
             row_info: TokenInfo = jax.tree.map(lambda ids: ids.reshape(rows.shape[:-1]), info)
-            q, k, v = self._heads(rows, row_info.positions)
-            attend = self._attend(cache)
-            if isinstance(attend, AbstractAttentionFunction):
-                mixed = attend.extend(q, k, v, row_info, cache)
+            heads = self.qkv(rows).reshape(*rows.shape[:-1], -1, rows.shape[-1] // self.num_heads)
+            rotated, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
+            if self.rope_theta is not None:
+                rotated = rope(rotated, row_info.positions, self.rope_theta)
+            q, k = jnp.split(rotated, [self.num_heads], axis=-2)
+            if isinstance(self.attend, AbstractAttentionFunction):
+                mixed = self.attend.extend(q, k, v, row_info, cache)
+            elif cache.is_kept:
+                name = getattr(self.attend, "__name__", type(self.attend).__name__)
+                raise ValueError(
+                    f"`model` must be able to decode, but the attention function `{name}` in it "
+                    "has only the form for whole sequences. Write it as an "
+                    "`AbstractAttentionFunction`, whose `extend` attends to a cache too, or use "
+                    "`CausalAttention(scale=, soft_cap=, window=, alibi=)`."
+                )
             else:
-                mixed = attend(q, k, v, row_info)
+                mixed = self.attend(q, k, v, row_info)
             entries = (k.swapaxes(1, 2), v.swapaxes(1, 2))
             return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), entries
 
-    def _attend(self, cache: Cache) -> Any:
-        if cache.is_kept and not isinstance(self.attend, AbstractAttentionFunction):
-            name = getattr(self.attend, "__name__", type(self.attend).__name__)
-            raise ValueError(
-                "`model` must be able to decode, but the attention function "
-                f"`{name}` in it has only the form for whole sequences. Write it as an "
-                "`AbstractAttentionFunction`, whose `extend` attends to a cache too, or use "
-                "`CausalAttention(scale=, soft_cap=, window=, alibi=)`."
-            )
-        return self.attend
 
-    def _heads(
-        self, x: Float[Array, "batch tokens dim"], positions: Int[Array, "batch tokens"]
-    ) -> tuple[Queries, Keys, Keys]:
-        """Queries and keys, rotated to their positions, and values."""
-        heads = self.qkv(x).reshape(*x.shape[:-1], -1, x.shape[-1] // self.num_heads)
-        rotated, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
-        if self.rope_theta is not None:
-            rotated = rope(rotated, positions, self.rope_theta)
-        q, k = jnp.split(rotated, [self.num_heads], axis=-2)
-        return q, k, v
+def rope(
+    x: Float[Array, "*groups tokens heads head_dim"], positions: Ids, theta: float = 10_000.0
+) -> Float[Array, "*groups tokens heads head_dim"]:
+    """Rotates each pair `(x[i], x[i + head_dim / 2])` by `positions * theta ** (-2 i / head_dim)`.
 
+    **Arguments:**
 
-def _check_heads(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    check_count("num_heads", num_heads, 1)
-    check_count("num_kv_heads", num_kv_heads, 1)
-    if dim % num_heads or (dim // num_heads) % 2:
-        raise ValueError(
-            f"`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, got "
-            f"dim={dim} and num_heads={num_heads}. The next that fits is "
-            f"{-(-dim // (2 * num_heads)) * 2 * num_heads}."
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"`num_heads` must be divisible by `num_kv_heads`, got {num_heads} and {num_kv_heads}. "
-            "Each key-value head serves the same number of query heads."
-        )
+    - `x`: queries or keys, `[*groups, tokens, heads, head_dim]`, `head_dim` even.
+    - `positions`: `[*groups, tokens]`, original positions: a token that was gathered keeps its own.
+    - `theta`: base of the wavelengths.
+
+    **Returns:** an array of the shape and dtype of `x`.
+
+    >>> import jax.numpy as jnp, mode
+    >>> mode.rope(jnp.ones((1, 1, 2)), jnp.array([0])).tolist()  # position 0 turns nothing
+    [[[1.0, 1.0]]]
+
+    *Source:* arXiv:2104.09864, section 3.4.2, equation 34, in the split-halves layout.
+    """
+    half = x.shape[-1] // 2
+    wide = float32_or_wider(x.dtype)
+    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angle = positions[..., None, None].astype(wide) * jnp.expand_dims(frequency, range(x.ndim - 1))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # One sweep with a roll: joining two rotated halves takes three times as long on CPU.
+    cos = jnp.concatenate([cos, cos], axis=-1)
+    sin = jnp.concatenate([-sin, sin], axis=-1)
+    x_wide = x.astype(wide)
+    return (x_wide * cos + jnp.roll(x_wide, half, axis=-1) * sin).astype(x.dtype)

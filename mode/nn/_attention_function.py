@@ -1,4 +1,4 @@
-"""Attention functions: attention over given heads, for whole sequences and against a cache."""
+"""Attention functions: attention over given heads, for whole sequences and after a cache."""
 
 import abc
 from collections.abc import Callable
@@ -6,22 +6,20 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from .._checks import check_count
-from .._dtypes import float32_or_wider
 from .._token_info import TokenInfo
 from .._types import KeyRows, Keys, Queries, Rows, Scores
 from ._blockwise import blockwise_attention
 from ._cache import Cache
-from ._scoring import Scoring, stack_rows, unstack_rows
+from ._scoring import Mask, Scoring, unstack_rows
 
 
 class AbstractAttentionFunction(eqx.Module):
-    """Attention over given heads. One object owns both forms, so that they cannot differ.
+    """Attention over given heads: one object for whole sequences and for tokens after a cache.
 
-    `Attention(..., attend=...)` also takes a plain function `(q, k, v, info) -> mixed` of whole
-    sequences. Such a model can be trained and evaluated; `prefill` refuses it.
+    `Attention` also takes a plain function `(q, k, v, info) -> mixed` of whole sequences. Such a
+    model can be trained and evaluated; `prefill` refuses it.
     """
 
     @abc.abstractmethod
@@ -46,16 +44,12 @@ class AbstractAttentionFunction(eqx.Module):
 
 Attend = AbstractAttentionFunction | Callable[..., Queries]
 
-# With few queries, keys are the left side of the product: XLA's CPU backend would copy them first
-# the other way round, and take twice as long.
-_FEW_ROWS = 16
-
 
 class CausalAttention(AbstractAttentionFunction):
     r"""Softmax attention over the same and earlier tokens of the same segment.
 
-    Computed in float32 or wider. Short sequences form all scores at once; longer ones block by
-    block, in memory that grows with the length.
+    Computed in float32 or wider. Padding, segment 0, attends to padding only: finite numbers that
+    nobody reads.
 
     **Arguments:**
 
@@ -64,10 +58,9 @@ class CausalAttention(AbstractAttentionFunction):
     - `window`: a token sees those less than `window` positions before it, itself included.
     - `alibi`: subtracts `slope * distance` from each score, with the slope $2^{-8 h / H}$ of head
         $h$ of $H$, counted from 1. Use it with `Attention(rope_theta=None)`.
-    - `block_size`: sequences of more tokens are computed in blocks of about this size. `None` forms
-        all scores at once, and has a forward-mode derivative at any length.
-
-    Padding, segment 0, attends to padding only: finite numbers that nobody reads.
+    - `block_size`: sequences of more tokens are computed in blocks of about this size, in memory
+        that grows with the length. `None` forms all scores at once, and has a forward-mode
+        derivative at any length.
 
     **Raises:** `ValueError` for a number out of range.
 
@@ -106,32 +99,31 @@ class CausalAttention(AbstractAttentionFunction):
         new = q.shape[1]
         if cache.is_empty and self.block_size is not None and new > self.block_size:
             return blockwise_attention(self.scoring, q, k, v, info, self.block_size)
-        wide = float32_or_wider(q.dtype)
-        order = jnp.arange(new, dtype=jnp.int32)
-        earlier = order[:, None] >= order[None, :]
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        rows = stack_rows(self.scoring.scaled(q.astype(wide)), k.shape[2])
+        rows = self.scoring.query_rows(q, k.shape[2])
 
-        def logits(keys: Array, key_info: TokenInfo, mask: Bool[Array, "new new"] | None) -> Scores:
-            products = _products(rows, keys.astype(wide))
-            return self.scoring.logits(products, info, key_info, mask)
+        def logits(keys: KeyRows, key_info: TokenInfo, earlier: Mask | None) -> Scores:
+            products = _products(rows, keys.astype(rows.dtype))
+            return self.scoring.logits(products, info, key_info, earlier)
 
-        def mix(weights: Array, values: Array) -> Rows:
-            return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(wide))
+        def mix(weights: Scores, values: KeyRows) -> Rows:
+            return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(rows.dtype))
 
         # A token sees itself, so that the maximum of the softmax is finite.
-        new_logits = logits(keys, info, earlier)
+        own_logits = logits(k.swapaxes(1, 2), info, jnp.tri(new, dtype=bool))
+        values = v.swapaxes(1, 2)
         if cache.info is None:
-            return unstack_rows(mix(jax.nn.softmax(new_logits, axis=-1), values), q)
+            return unstack_rows(mix(jax.nn.softmax(own_logits, axis=-1), values), q)
         cached_keys, cached_values = cache.entries
         # One softmax over the cached and the new keys.
-        both = jnp.concatenate([logits(cached_keys, cache.info, None), new_logits], axis=-1)
+        both = jnp.concatenate([logits(cached_keys, cache.info, None), own_logits], axis=-1)
         cached, own = jnp.split(jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1)
         return unstack_rows(mix(cached, cached_values) + mix(own, values), q)
 
 
 def _products(rows: Rows, keys: KeyRows) -> Scores:
-    if rows.shape[-2] > _FEW_ROWS:
+    # With few queries, keys are the left side: XLA's CPU backend would copy them first the other
+    # way round, and take twice as long.
+    if rows.shape[-2] > 16:
         return jnp.einsum("bgqd,bgkd->bgqk", rows, keys)
     products = jnp.einsum("bgkd,bgqd->bgkq", keys, rows)
     # The barrier keeps XLA from turning the product itself round, which would copy the keys again.

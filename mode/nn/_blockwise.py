@@ -3,30 +3,26 @@
 Memory grows with the length, and the numbers of one block stay in a processor's cache. The backward
 pass recomputes the scores from the result of the forward pass and the logarithm of each row's sum
 (arXiv:2205.14135, algorithms 1 and 4). It is written by hand because automatic differentiation of
-the loop would store every block of scores, which is the square of the length again.
-
-Blocks lie as `[block, batch, kv_heads, rows, head_dim]`. Each loop is one scan over all pairs of a
-block of queries and a block of keys that it sees, so that its length is known.
+the loop would store every block of scores, which is the square of the length again. Each loop is
+one scan over all pairs of a block of queries and a block of keys that it sees.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from .._dtypes import float32_or_wider
 from .._token_info import TokenInfo
-from .._types import Keys, Queries
-from ._scoring import Scoring
+from .._types import Keys, Queries, Scores
+from ._scoring import MASKED, Scoring, unstack_rows
 
-
-# Finite, so that a block without a visible key gives exp(0), which is later scaled by exactly 0.
-_MASKED = -1e30
 
 QueryBlocks = Float[Array, "blocks batch kv_heads rows head_dim"]
 KeyBlocks = Float[Array, "blocks batch kv_heads size head_dim"]
-_Carry = tuple[Array, Array, Array]  # of a scan over pairs of blocks
+_Pair = Int[Array, " two"]  # the indices of a block of queries and of a block of keys
+_Carry = tuple[Array, Array, Array]  # of a scan over pairs
+_Saved = tuple[QueryBlocks, KeyBlocks, KeyBlocks, TokenInfo, QueryBlocks, Array]
 
 
 def blockwise_attention(
@@ -34,28 +30,19 @@ def blockwise_attention(
 ) -> Queries:
     """Computes `CausalAttention` of long sequences. Has no forward-mode derivative."""
     batch, tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    wide = float32_or_wider(q.dtype)
     num_blocks = -(-tokens // block_size)
     size = -(-tokens // (16 * num_blocks)) * 16  # equal blocks need little padding at any length
     pad = num_blocks * size - tokens
 
-    def blocks(x: Float[Array, "batch tokens x_heads head_dim"]) -> KeyBlocks:
-        padded = jnp.pad(x.astype(wide), [(0, 0), (0, pad), (0, 0), (0, 0)])
-        return padded.reshape(batch, num_blocks, size, -1, head_dim).transpose(1, 0, 3, 2, 4)
+    def blocks(x: Shaped[Array, "batch tokens *rest"]) -> Shaped[Array, "blocks batch size *rest"]:
+        padded = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(batch, num_blocks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    def id_blocks(ids: Int[Array, "batch tokens"]) -> Int[Array, "blocks batch size"]:
-        padded = jnp.pad(ids, [(0, 0), (0, pad)])
-        return padded.reshape(batch, num_blocks, size).swapaxes(0, 1)
-
-    # The heads of a group lie one behind the other: stacking them as rows is a reshape.
-    queries = blocks(scoring.scaled(q.astype(wide)))
-    queries = queries.reshape(num_blocks, batch, kv_heads, -1, head_dim)
-    infos: TokenInfo = jax.tree.map(id_blocks, info)
-    out: Array = _attention(scoring, queries, blocks(k), blocks(v), infos)
-    by_head = out.reshape(num_blocks, batch, heads, size, head_dim)
-    merged = by_head.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, head_dim)
-    return merged[:, :tokens].astype(q.dtype)
+    rows = jax.vmap(lambda block: scoring.query_rows(block, k.shape[2]))(blocks(q))
+    keys, values = (blocks(x.astype(rows.dtype)).swapaxes(2, 3) for x in (k, v))
+    mixed: Array = _attention(scoring, rows, keys, values, jax.tree.map(blocks, info))
+    by_block = jax.vmap(unstack_rows)(mixed, blocks(q))
+    return by_block.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :tokens]
 
 
 def _pairs(scoring: Scoring, num_blocks: int, size: int) -> Int[Array, "pairs two"]:
@@ -70,18 +57,13 @@ def _pairs(scoring: Scoring, num_blocks: int, size: int) -> Int[Array, "pairs tw
     return jnp.array(pairs, jnp.int32)
 
 
-def _logits(
-    scoring: Scoring,
-    products: Float[Array, "batch kv_heads rows size"],
-    infos: TokenInfo,
-    i: Int[Array, ""],
-    j: Int[Array, ""],
-) -> Float[Array, "batch kv_heads rows size"]:
+def _logits(scoring: Scoring, products: Scores, infos: TokenInfo, pair: _Pair) -> Scores:
+    i, j = pair
     size = products.shape[-1]
     order = jnp.arange(size, dtype=jnp.int32)
-    earlier: Bool[Array, "size size"] = (i * size + order)[:, None] >= (j * size + order)[None, :]
+    earlier = (i * size + order)[:, None] >= (j * size + order)[None, :]
     queries, keys = (jax.tree.map(lambda leaf, b=b: leaf[b], infos) for b in (i, j))
-    return scoring.logits(products, queries, keys, earlier, _MASKED)
+    return scoring.logits(products, queries, keys, earlier)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,11 +75,11 @@ def _attention(
 
 def _forward(
     scoring: Scoring, q: QueryBlocks, k: KeyBlocks, v: KeyBlocks, infos: TokenInfo
-) -> tuple[QueryBlocks, tuple[QueryBlocks, KeyBlocks, KeyBlocks, TokenInfo, QueryBlocks, Array]]:
-    def add(state: _Carry, pair: Int[Array, " two"]) -> tuple[_Carry, None]:
+) -> tuple[QueryBlocks, _Saved]:
+    def add(state: _Carry, pair: _Pair) -> tuple[_Carry, None]:
         i, j = pair
         top, total, out = (part[i] for part in state)
-        logits = _logits(scoring, jnp.einsum("bgqd,bgkd->bgqk", q[i], k[j]), infos, i, j)
+        logits = _logits(scoring, jnp.einsum("bgqd,bgkd->bgqk", q[i], k[j]), infos, pair)
         new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(logits - new_top[..., None])
@@ -106,7 +88,7 @@ def _forward(
         top, total, out = (part.at[i].set(block) for part, block in zip(state, new, strict=True))
         return (top, total, out), None
 
-    start = (jnp.full(q.shape[:-1], _MASKED, q.dtype), jnp.zeros(q.shape[:-1], q.dtype))
+    start = (jnp.full(q.shape[:-1], MASKED, q.dtype), jnp.zeros(q.shape[:-1], q.dtype))
     pairs = _pairs(scoring, q.shape[0], k.shape[-2])
     (top, total, out), _ = jax.lax.scan(add, (*start, jnp.zeros_like(q)), pairs)
     out = out / total[..., None]
@@ -114,18 +96,16 @@ def _forward(
 
 
 def _backward(
-    scoring: Scoring,
-    saved: tuple[QueryBlocks, KeyBlocks, KeyBlocks, TokenInfo, QueryBlocks, Array],
-    d_out: QueryBlocks,
+    scoring: Scoring, saved: _Saved, d_out: QueryBlocks
 ) -> tuple[QueryBlocks, KeyBlocks, KeyBlocks, None]:
     q, k, v, infos, out, log_total = saved
     drift = jnp.sum(d_out * out, axis=-1)  # what the softmax's normalisation takes from each row
 
-    def add(gradients: _Carry, pair: Int[Array, " two"]) -> tuple[_Carry, None]:
+    def add(gradients: _Carry, pair: _Pair) -> tuple[_Carry, None]:
         i, j = pair
         d_q, d_k, d_v = gradients
         logits, pull_back = jax.vjp(
-            lambda products: _logits(scoring, products, infos, i, j),
+            lambda products: _logits(scoring, products, infos, pair),
             jnp.einsum("bgqd,bgkd->bgqk", q[i], k[j]),
         )
         weights = jnp.exp(logits - log_total[i][..., None])

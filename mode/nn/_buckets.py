@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from ..routing import first_come_first_served
 def bucket_sizes(rows: int, capacity: Fraction) -> tuple[int, ...]:
     """Returns the numbers of rows that a program is compiled for, ascending.
 
-    None, the trained fraction of the rows, and from there up by half and by a third in turn (4, 6,
-    8, 12, 16, ...) to all of them. The smallest that holds the rows in need runs: at most 1.5 times
-    what is needed above the trained fraction, and never more than all.
+    0, the trained fraction of the rows, and from there up by half and by a third in turn to all of
+    them. The smallest that holds the rows in need runs: above the trained fraction, at most 1.5
+    times what is needed.
 
     >>> bucket_sizes(32, Fraction(1, 8)), bucket_sizes(1, Fraction(1, 8))
     ((0, 4, 6, 8, 12, 16, 24, 32), (0, 1))
@@ -49,21 +50,15 @@ def run_bucketed(
     rows = needed.shape[0]
     like = jax.eval_shape(lambda: function(None))
 
-    def zeros() -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-
     def run(size: int) -> PyTree:
-        index = first_come_first_served(needed[:, None], size)[0]
-        results = function(jnp.minimum(index, rows - 1))
-        return jax.tree.map(
-            lambda whole, part: whole.at[index].set(part, mode="drop"), zeros(), results
-        )
-
-    def branch(size: int) -> Callable[[], PyTree]:
         if size == rows:  # nothing to gather: in the worst case it costs what a dense layer costs
-            return lambda: function(None)
-        return (lambda: run(size)) if size else zeros
+            return function(None)
+        zeros = jax.tree.map(jnp.zeros_like, like)
+        if size == 0:
+            return zeros
+        index = first_come_first_served(needed[:, None], size)[0]
+        parts = function(jnp.minimum(index, rows - 1))
+        return jax.tree.map(lambda z, part: z.at[index].set(part, mode="drop"), zeros, parts)
 
-    count = jnp.sum(needed, dtype=jnp.int32)
-    smallest = jnp.searchsorted(jnp.array(sizes, jnp.int32), count)
-    return jax.lax.switch(smallest, [branch(size) for size in sizes])
+    smallest = jnp.searchsorted(jnp.array(sizes, jnp.int32), jnp.sum(needed, dtype=jnp.int32))
+    return jax.lax.switch(smallest, [partial(run, size) for size in sizes])

@@ -16,19 +16,18 @@ class Cache(eqx.Module):
     """What one block keeps of the tokens that it processed.
 
     `extend(x, info, cache)` reads it and returns the entries of the new tokens alone; decoding
-    appends them. An empty cache means that the new tokens are the first ones: with a cache of
-    `max_tokens=None`, a whole sequence, after which nothing follows and of which nothing is kept.
+    appends them. In an empty cache, before the first token, all but `max_tokens` is `None`. Layers
+    that are scanned over share one cache; each of its arrays has a leading axis of layers.
 
     **Attributes:**
 
     - `entries`: the tree of arrays that the block returned, `[batch, ..., slots, features]`, of the
-        tokens so far, in time order, and then of empty slots; `None` in an empty cache.
+        tokens so far, in time order, and then of empty slots.
     - `info`: positions and segments of these tokens, `[batch, slots]`; segment 0 marks an empty
-        slot. `None` in an empty cache.
-    - `length`: `[batch]`, how many tokens there are. `None` in an empty cache.
-    - `max_tokens`: how many tokens the block will process in all, a Python integer, or `None`.
-
-    Layers that are scanned over share one cache; each of its arrays has a leading axis of layers.
+        slot.
+    - `length`: `[batch]`, how many tokens there are.
+    - `max_tokens`: how many tokens the block will process in all, a Python integer; `None` for a
+        whole sequence, after which nothing follows and of which nothing is kept.
 
     This block adds the mean of all tokens so far:
 
@@ -65,7 +64,7 @@ class Cache(eqx.Module):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the new tokens are the first ones. Known when the program is traced."""
+        """Whether the new tokens are the first ones. Known at trace time."""
         return self.info is None
 
     @property
@@ -80,30 +79,31 @@ class Cache(eqx.Module):
         return Cache(self.entries[index], self.info, self.length, self.max_tokens)
 
     def append(self, new: "Cache", after: Float[Array, "batch ..."]) -> "Cache":
-        """The cache with the new tokens behind those that it has.
+        """The cache with the new tokens behind those that it has; those of segment 0 are left out.
 
-        One scatter per array, in place where the cache is donated. Tokens of segment 0 are written
-        behind the end, which is nowhere.
+        One scatter per array, in place where the cache is donated.
 
         **Arguments:**
 
         - `new`: entries of the new tokens, `[*layers, batch, ..., new, features]`.
         - `after`: what was computed from this cache. The write waits for it.
         """
-        if self.info is None:
+        if self.info is None or self.length is None:
             return new._padded()
-        assert self.length is not None
-        assert self.max_tokens is not None
         assert new.info is not None
         assert new.length is not None
         valid = new.info.valid
         order = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
         # Every slot beyond the end is another one, as the indices of the scatter must be unique.
-        beyond = self.max_tokens + jnp.arange(valid.shape[-1], dtype=jnp.int32)
-        slots = jnp.where(
-            valid, self.length[..., None] + order, jnp.broadcast_to(beyond, valid.shape)
-        )
-        slots = _wait_for(slots, after)
+        beyond = self.info.valid.shape[-1] + jnp.arange(valid.shape[-1], dtype=jnp.int32)
+        beyond = jnp.broadcast_to(beyond, valid.shape)
+        # Adds 0, which XLA cannot know. Its CPU backend orders a write behind a read only where the
+        # one depends on the other, and would copy the cache twice in every step to be safe. It
+        # removes a `jax.lax.optimization_barrier` before it inserts copies: with one, a step takes
+        # three times as long.
+        rows = after.reshape(after.shape[0], -1)[:, :1]
+        zero = jnp.broadcast_to((jnp.isnan(rows) & (rows == 0)).astype(jnp.int32), valid.shape)
+        slots = jnp.where(valid, self.length[..., None] + order, beyond) + zero
         leading = jnp.indices(slots.shape, sparse=True)[:-1]
 
         def write(leaf: Array, values: Array, axis: int) -> Array:
@@ -124,15 +124,13 @@ class Cache(eqx.Module):
         """The cache without the tokens at positions from `lengths` on."""
         if self.info is None:
             return self
-        assert self.length is not None
-        bound = jnp.broadcast_to(lengths, self.length.shape)[..., None]
-        kept = self.info.valid & (self.info.positions < bound)
-        segment_ids = jnp.where(kept, self.info.segment_ids, 0)
-        info = TokenInfo(self.info.positions, segment_ids)
+        positions, segment_ids = self.info.positions, self.info.segment_ids
+        kept = positions < jnp.broadcast_to(lengths[:, None], positions.shape)
+        info = TokenInfo(positions, jnp.where(kept, segment_ids, 0))
         return Cache.of_tokens(self.entries, info, self.max_tokens)
 
     def _padded(self) -> "Cache":
-        """Room for `max_tokens` tokens, of which these are the first."""
+        """Makes room for `max_tokens` tokens, of which these are the first."""
         assert self.max_tokens is not None
         slots = self.max_tokens
 
@@ -152,15 +150,3 @@ class Cache(eqx.Module):
 def map_caches(function: Callable[["Cache"], "Cache"], caches: PyTree) -> PyTree:
     """Applies `function` to every cache of a tree."""
     return jax.tree.map(function, caches, is_leaf=lambda node: isinstance(node, Cache))
-
-
-def _wait_for(
-    slots: Int[Array, "*layers batch new"], after: Float[Array, "batch ..."]
-) -> Int[Array, "*layers batch new"]:
-    # Adds 0, which XLA cannot know. Its CPU backend orders a write behind a read only where the one
-    # depends on the other, and would copy the cache twice in every step to be safe. It removes a
-    # `jax.lax.optimization_barrier` before it inserts copies: with one, a step takes three times
-    # as long.
-    rows = after.reshape(after.shape[0], -1)[:, 0]
-    late = (jnp.isnan(rows) & (rows == 0)).astype(slots.dtype)
-    return slots + jnp.broadcast_to(late[:, None], slots.shape)

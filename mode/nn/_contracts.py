@@ -1,14 +1,12 @@
-"""The two contracts of this library: blocks and layers.
+"""The two contracts of this library, blocks and layers.
 
-- A **block** returns the *update* of the residual stream.
-- A **layer** returns *hidden states*: it adds the residual itself.
+A **block** returns the *update* of the residual stream; a **layer** adds it and returns *hidden
+states*. `Residual(block)` and `MixtureOfDepths(block, ...)` are both layers: dense becomes
+Mixture-of-Depths by one word. Both return routings too: a tuple of one `Routing` per router, in the
+order of the routers in the module.
 
-`Residual(block)` and `MixtureOfDepths(block, ...)` are both layers: dense becomes
-Mixture-of-Depths by one word. `routings` is always a tuple, `()` where nothing was routed, and
-holds one `Routing` per router in the order of the routers in the module.
-
-Each has one pass, `extend`, which handles new tokens after those in a cache. `__call__` is `extend`
-on an empty cache. A module that is used in training alone may have `__call__` alone.
+Each has one pass, `extend`, for new tokens after those in a cache. `__call__` is `extend` on an
+empty cache, and all that a module for training alone needs.
 """
 
 import abc
@@ -26,17 +24,22 @@ from ..routing import Routings
 from ._cache import Cache
 
 
+# One cache, or those of a layer that is made of layers.
+Caches = Cache | tuple[Any, ...]
+Result = tuple[Hidden, Routings]
+BlockResult = tuple[Hidden, Routings, PyTree]  # of `extend`
+LayerResult = tuple[Hidden, Routings, Caches]
+
+
 @runtime_checkable
 class SupportsExtend(Protocol):
     """Any object with a method `extend`: a block without `__call__` is one."""
 
-    extend: Callable[..., tuple[Hidden, Routings, PyTree]]
+    extend: Callable[..., BlockResult]
 
 
-Block = Callable[..., tuple[Hidden, Routings]] | SupportsExtend
-Layer = Callable[..., tuple[Hidden, Routings]]
-# One cache, or those of a layer that is made of layers.
-Caches = Cache | tuple[Any, ...]
+Block = Callable[..., Result] | SupportsExtend
+Layer = Callable[..., Result]
 
 
 class AbstractBlock(eqx.Module):
@@ -46,51 +49,41 @@ class AbstractBlock(eqx.Module):
     """
 
     @abc.abstractmethod
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, PyTree]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Computes new tokens after those in the cache.
 
         **Arguments:**
 
         - `x`, `info`: new tokens, `[*groups, tokens, dim]`, in time order; padding, behind the real
             tokens, has segment 0. After a cache that is not empty, `*groups` is `batch`.
-        - `cache`: what this block returned for the tokens before them; empty where there are none.
+        - `cache`: what this block returned for the tokens before them.
 
         **Returns:** `(update, routings, entries)`: the update, `[*groups, tokens, dim]`; the
         routings; and a tree of arrays, `[batch, ..., new, features]`, with what later tokens need
         of the new ones, `()` where no token looks at another.
         """
 
-    def __call__(
-        self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None
-    ) -> tuple[Hidden, Routings]:
+    def __call__(self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None) -> Result:
         """Maps whole sequences, `[*groups, tokens, dim]`, to their update and the routings."""
         check_hidden(x)
-        update, routings, _ = self.extend(x, resolve_info(x, info), Cache.empty(), key=key)
-        return update, routings
+        return self.extend(x, resolve_info(x, info), Cache.empty(), key=key)[:2]
 
 
 class AbstractLayer(eqx.Module):
     """A module that returns hidden states: it adds the residual itself."""
 
     @abc.abstractmethod
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None
-    ) -> tuple[Hidden, Routings, Caches]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None) -> LayerResult:
         """Computes new tokens after those in the cache, as a block does.
 
         **Returns:** `(hidden, routings, new)`: hidden states instead of an update; and the entries
         as a `Cache` of the new tokens alone, whose `info` says which of them the layer processed.
         """
 
-    def __call__(
-        self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None
-    ) -> tuple[Hidden, Routings]:
+    def __call__(self, x: Hidden, info: TokenInfo | None = None, *, key: Key = None) -> Result:
         """Maps whole sequences, `[*groups, tokens, dim]`, to hidden states and the routings."""
         check_hidden(x)
-        hidden, routings, _ = self.extend(x, resolve_info(x, info), Cache.empty(), key=key)
-        return hidden, routings
+        return self.extend(x, resolve_info(x, info), Cache.empty(), key=key)[:2]
 
 
 def check_layer(name: str, layer: object) -> None:
@@ -135,21 +128,12 @@ def _fits(module: object) -> bool:
 
 def run_block(
     name: str, block: Any, x: Hidden, info: TokenInfo, cache: Cache, key: Key
-) -> tuple[Hidden, Routings, PyTree]:
-    """Runs `block.extend`, or the `__call__` of a block without one, and checks what it returns.
-
-    **Raises:** `ValueError` for a block without `extend` where tokens follow, and for a result that
-    is not an update of the shape of `x`, a tuple of routings and entries of the new tokens.
-    """
+) -> BlockResult:
+    """Runs `block.extend`, or the `__call__` of a block without one, and checks what it returns."""
     if hasattr(block, "extend"):
+        form, size = "(update, routings, entries) from `extend`", 3
         options = {"key": key} if takes_key(block.extend) else {}
         result = block.extend(x, info, cache, **options)
-        if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], tuple)):
-            raise ValueError(
-                f"`{name}` must return (update, routings, entries) from `extend`, with `()` where "
-                f"nothing was routed or is needed later, got {_described(result)} from "
-                f"{type_name(block)}."
-            )
     elif cache.is_kept:
         raise ValueError(
             f"`model` must be able to decode, but `{type(block).__name__}` in it has no method "
@@ -157,23 +141,20 @@ def run_block(
             "`help(mode.Cache)` shows one."
         )
     else:
+        form, size = "(update, routings)", 2
         result = block(x, info, key=key)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
-            raise ValueError(
-                f"`{name}` must return (update, routings), with `()` where nothing was routed, got "
-                f"{_described(result)} from {type_name(block)}. Make a block of a module that "
-                "returns hidden states by `Delta(module)`."
-            )
-        result = (*result, ())
-    update, routings, entries = result
+    if not (isinstance(result, tuple) and len(result) == size and isinstance(result[1], tuple)):
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type_name(result)
+        raise ValueError(
+            f"`{name}` must return {form}, with `()` where there are none, got {got} from "
+            f"{type_name(block)}. `Delta(module)` makes a block of a module that returns hidden "
+            "states."
+        )
+    update, routings, entries = result if size == 3 else (*result, ())
     check_kept_shape(name, getattr(update, "shape", ()), x.shape)
     if cache.is_kept:
         _check_entries(type(block).__name__, entries, x.shape[:-1], cache)
     return update, routings, entries
-
-
-def _described(result: object) -> str:
-    return f"a tuple of {len(result)}" if isinstance(result, tuple) else type_name(result)
 
 
 def _check_entries(name: str, entries: PyTree, shape: tuple[int, ...], cache: Cache) -> None:
@@ -186,9 +167,9 @@ def _check_entries(name: str, entries: PyTree, shape: tuple[int, ...], cache: Ca
                 f"tokens alone, here [{batch}, ..., {new}, features], got shape {got}. Those of "
                 "earlier tokens are in the cache already."
             )
-    structure = jax.tree.structure(entries)
-    if not cache.is_empty and structure != jax.tree.structure(cache.entries):
+    structure, earlier = jax.tree.structure(entries), jax.tree.structure(cache.entries)
+    if not cache.is_empty and structure != earlier:
         raise ValueError(
             f"`{name}.extend` must return the same tree of entries for every token, got "
-            f"{structure} after {jax.tree.structure(cache.entries)}."
+            f"{structure} after {earlier}."
         )

@@ -1,4 +1,4 @@
-"""Stacked experts: one module whose arrays have a leading axis of experts, and how it is run."""
+"""Feed-forwards, and how experts run: one module whose arrays have a leading axis of experts."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,31 +9,70 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._checks import can_be_called, check_kept_shape, takes_key, type_name
-from .._dtypes import cast_parameters
-from .._types import Key, Vector
+from .._linear import Linear
+from .._types import Key, VectorMap
 from ._adapters import map_rows
 from ._buckets import bucket_sizes, run_bucketed
 
 
-Expert = Callable[[Vector], Vector]
+Expert = VectorMap
 MakeExpert = Callable[[PRNGKeyArray], Expert]
+
+
+class SwiGLUFeedForward(eqx.Module):
+    """`(silu(x @ gate) * (x @ up)) @ down`, on the last axis. arXiv:2002.05202, equation 6.
+
+    **Arguments:**
+
+    - `dim`: features in and out.
+    - `hidden`: features inside; by default 8/3 of `dim`, which has the parameters and the FLOPs of
+        a `GELUFeedForward` four times as wide as `dim`.
+    """
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def __init__(self, dim: int, hidden: int | None = None, *, key: PRNGKeyArray):
+        hidden = 8 * dim // 3 if hidden is None else hidden
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = Linear(dim, hidden, key=gate_key)
+        self.up = Linear(dim, hidden, key=up_key)
+        self.down = Linear(hidden, dim, key=down_key)
+
+    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+        with jax.named_scope("mode.SwiGLUFeedForward"):
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class GELUFeedForward(eqx.Module):
+    """`gelu(x @ up) @ down`, on the last axis, in the tanh form. arXiv:1606.08415.
+
+    **Arguments:**
+
+    - `dim`: features in and out.
+    - `hidden`: features inside; by default 4 times `dim`.
+    """
+
+    up: Linear
+    down: Linear
+
+    def __init__(self, dim: int, hidden: int | None = None, *, key: PRNGKeyArray):
+        hidden = 4 * dim if hidden is None else hidden
+        up_key, down_key = jax.random.split(key)
+        self.up = Linear(dim, hidden, key=up_key)
+        self.down = Linear(hidden, dim, key=down_key)
+
+    def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
+        with jax.named_scope("mode.GELUFeedForward"):
+            return self.down(jax.nn.gelu(self.up(x)))
 
 
 def run_experts(
     experts: Expert, inputs: Float[Array, "*inputs dim"], key: Key, *, same_inputs: bool = False
 ) -> Float[Array, "*results dim"]:
-    """Runs every expert on its own inputs, or all of them on the same ones.
-
-    **Arguments:**
-
-    - `experts`: the stacked experts.
-    - `inputs`: `[experts, *axes, dim]`; with `same_inputs`, `[*axes, dim]`.
-    - `key`: split over experts and rows, for experts that take one.
-
-    **Returns:** `[experts, *axes, dim]`.
-    """
+    """Runs stacked experts, each on its own `[experts, *axes, dim]` or all on `[*axes, dim]`."""
     dim = inputs.shape[-1]
-    experts = cast_parameters(experts, inputs.dtype)
     if same_inputs:
         counts = (leaf.shape[0] for leaf in jax.tree.leaves(experts) if eqx.is_array(leaf))
         rows, axis, count = inputs.reshape(-1, dim), None, next(counts, 1)
@@ -52,10 +91,7 @@ def run_experts_bucketed(
     filled: Bool[Array, "batch experts slots"],
     capacity: Fraction,
 ) -> Float[Array, "experts batch slots dim"]:
-    """Runs each expert on about its filled slots, one expert after the other.
-
-    An expert without any reads no weights. For decode steps, in which most slots are empty.
-    """
+    """Runs each expert on about its filled slots: for decode steps, where most are empty."""
     rows = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
     needed = jnp.moveaxis(filled, -2, 0).reshape(rows.shape[:2])
     sizes = bucket_sizes(rows.shape[1], capacity)
@@ -66,7 +102,7 @@ def run_experts_bucketed(
             # Sliced inside the branch: where no slot is filled, no weights are read.
             expert = eqx.combine(jax.tree.map(lambda leaf: leaf[e], arrays), rest)
             some = rows[e] if index is None else rows[e][index]
-            return map_rows(cast_parameters(expert, rows.dtype), some, None)
+            return map_rows(expert, some, None)
 
         return run_bucketed(run, needed[e], sizes)
 
@@ -75,24 +111,18 @@ def run_experts_bucketed(
 
 
 def check_make_expert(make_expert: MakeExpert, dim: int) -> None:
-    """Builds one expert and runs it on one vector, both without computing anything.
-
-    **Raises:** `ValueError` for what does not build maps of `[dim]` to `[dim]` from a key.
-    """
+    """Checks by shapes alone that `make_expert` builds a map of `[dim]` to `[dim]` from a key."""
     remedy = (
         f"Pass a function of a key, such as `lambda key: SwiGLUFeedForward({dim}, key=key)`, whose "
         f"result maps one vector, [{dim}], to one of the same size."
     )
-    if not can_be_called(make_expert, None):
-        raise ValueError(
-            "`make_expert` must build one expert from a key, its only argument, got "
-            f"{type_name(make_expert)}, which cannot be called so. {remedy}"
-        )
+    fault = None
     if any(map(eqx.is_array, jax.tree.leaves(make_expert))):
-        raise ValueError(
-            "`make_expert` must build one expert from a key, got an expert that is already built, "
-            f"{type_name(make_expert)}. {remedy}"
-        )
+        fault = f"got an expert that is already built, {type_name(make_expert)}"
+    elif not can_be_called(make_expert, None):
+        fault = f"its only argument, got {type_name(make_expert)}, which cannot be called so"
+    if fault:
+        raise ValueError(f"`make_expert` must build one expert from a key, {fault}. {remedy}")
     expert = eqx.filter_eval_shape(make_expert, jax.random.key(0))
     if not callable(expert):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths: a block that only the tokens selected by its router take part in."""
+"""The layers: dense, a block for every token, and Mixture-of-Depths, one for selected tokens."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,43 @@ from ..routing import (
 )
 from ._buckets import bucket_sizes, run_bucketed
 from ._cache import Cache
-from ._contracts import AbstractLayer, Block, Caches, Routings, check_block, run_block
+from ._contracts import AbstractLayer, Block, Caches, LayerResult, check_block, run_block
+
+
+class Residual(AbstractLayer):
+    r"""A block applied to every token: $x + f(x)$. The dense layer.
+
+    Padding passes by unchanged, and the block sees zeros in its place, so that no number in the
+    padding can reach a real token or a gradient.
+
+    **Arguments:**
+
+    - `block`: any block.
+
+    **Raises:** `ValueError` for what is no block; at the call, for one whose result is not an
+    update of the shape of `x` and a tuple of routings.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> block = mode.TransformerBlock(32, num_heads=4, key=jax.random.key(0))
+    >>> hidden, routings = mode.Residual(block)(jnp.ones((4, 64, 32)))
+    >>> hidden.shape, routings
+    ((4, 64, 32), ())
+    """
+
+    block: Block
+
+    def __check_init__(self):
+        check_block("block", self.block)
+
+    def extend(self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None) -> LayerResult:
+        """Maps hidden states, `[*groups, tokens, dim]`, to hidden states. See `AbstractLayer`."""
+        assert isinstance(cache, Cache)
+        with jax.named_scope("mode.Residual"):
+            real = info.valid[..., None]
+            inputs = jnp.where(real, x, 0)
+            update, routings, entries = run_block("block", self.block, inputs, info, cache, key)
+            hidden = jnp.where(real, x + update.astype(x.dtype), x)
+            return hidden, routings, Cache.of_tokens(entries, info, cache.max_tokens)
 
 
 class MixtureOfDepths(AbstractLayer):
@@ -40,17 +76,16 @@ class MixtureOfDepths(AbstractLayer):
 
     - `block`: any block. `Delta` makes one of a module with its own skip connection.
     - `dim`: features of the hidden states.
-    - `capacity`: fraction of each group's tokens that take part, in (0, 1].
-        `token_capacity(tokens, capacity)` slots.
-    - `select`: the selector. Training uses `ExpertChoice()`, which sees the future; `make_causal`
+    - `capacity`: fraction of each group's tokens that take part, in (0, 1]; see `token_capacity`.
+    - `select`: the selector. `ExpertChoice()` is for training, as it sees the future; `make_causal`
         makes the model that may be sampled from.
     - `gate`: from the router's logit to the weight $r$; by default the logit itself.
     - `predictor`: guesses the selection for causal inference; `Predictor(dim, key=key)` or `None`.
     - `router_std`: standard deviation of the router's initial weights.
 
-    **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer, which has its own residual,
-    or another module that is no block; for a softmax gate: over one choice it is 1 and the router
-    gets no gradient; for `TokenChoice`: of one choice, every token would select it.
+    **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer or another module that is no
+    block; for a softmax gate, which over one choice is 1 and gives the router no gradient; for
+    `TokenChoice`, under which every token would select the one choice.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> k1, k2 = jax.random.split(jax.random.key(0))
@@ -62,9 +97,8 @@ class MixtureOfDepths(AbstractLayer):
 
     *Source:* arXiv:2404.02258, section 3.4, equation 1. *Relative to the paper:* equation 1 prints
     the raw weight, section 3.5 speaks of its sigmoid; `gate` offers both and defaults to the
-    equation. $f$ is the block's update, so that $r = 1$ is the dense block and no residual is
-    counted twice. Equation 1 compares with a percentile and leaves ties open; here exactly $C$
-    tokens are selected, of equals the earlier ones.
+    equation. $f$ is the block's update, so that $r = 1$ is the dense block. Equation 1 leaves ties
+    at its percentile open; here exactly $C$ tokens are selected, of equals the earlier ones.
     """
 
     router: Router
@@ -107,9 +141,7 @@ class MixtureOfDepths(AbstractLayer):
         """Fraction of a group's tokens that take part."""
         return float(self.router.capacity)
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None
-    ) -> tuple[Hidden, Routings, Cache]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Caches, *, key: Key = None) -> LayerResult:
         """Returns hidden states and `(routing, *the block's)`. See `AbstractLayer`.
 
         The new cache holds the selected tokens alone. After earlier tokens, a sequence none of
@@ -120,17 +152,19 @@ class MixtureOfDepths(AbstractLayer):
         _check_select(self.router.select)  # it may have been swapped since
         router_key, block_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("mode.MixtureOfDepths"):
-            cache = self._own_cache(cache)
+            if cache.is_empty and cache.max_tokens is not None:
+                # It comes with the number of the model's tokens: this layer has slots for some.
+                cache = Cache.empty(self.router.slots(cache.max_tokens))
             used = None if cache.length is None else cache.length[:, None]
             routing = self.router(x, info, slots=cache.max_tokens, used=used, key=router_key)
             slots = dispatch(x, routing)[0]
             slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
 
-            def run(rows: Int[Array, " rows"] | None) -> tuple[Array, Routings, PyTree]:
-                some = (slots, slot_info, cache)
+            def run(rows: Int[Array, " rows"] | None) -> PyTree:
+                some: tuple[Array, TokenInfo, Cache] = (slots, slot_info, cache)
                 if rows is not None:
                     some = jax.tree.map(lambda leaf: leaf[rows], some)
-                return run_block("block", self.block, some[0], some[1], some[2], block_key)
+                return run_block("block", self.block, *some, block_key)
 
             if cache.is_empty:
                 update, inner, entries = run(None)
@@ -140,21 +174,13 @@ class MixtureOfDepths(AbstractLayer):
                 update, inner, entries = run_bucketed(run, needed, sizes)
                 inner = tuple(routing.masked(needed) for routing in inner)
             hidden = combine(update[None], routing, onto=x)
-            new = Cache.of_tokens(entries, slot_info, cache.max_tokens)
-            return hidden, (routing, *inner), new
-
-    def _own_cache(self, cache: Cache) -> Cache:
-        """An empty cache comes with the tokens of the model: this layer has slots for some."""
-        if cache.is_empty and cache.max_tokens is not None:
-            return Cache.empty(self.router.slots(cache.max_tokens))
-        return cache
+            return hidden, (routing, *inner), Cache.of_tokens(entries, slot_info, cache.max_tokens)
 
 
 def _check_select(select: AbstractSelector) -> None:
     if isinstance(select, TokenChoice):
         raise ValueError(
-            f"`select` of `MixtureOfDepths` must not be `TokenChoice`, got {select}: with a single "
-            "choice every token requests it, and the first ones would be selected whatever they "
-            "are. Use `ExpertChoice()`, or `LogitThreshold()`, under which tokens decide for "
-            "themselves."
+            f"`select` of `MixtureOfDepths` must not be `TokenChoice`, got {select}: every token "
+            "would request the single choice, and the first ones get it. Use `ExpertChoice()`, or "
+            "`LogitThreshold()`, under which tokens decide for themselves."
         )

@@ -1,17 +1,16 @@
 """Mixture-of-Experts: many feed-forwards, of which each token uses few."""
 
 from collections.abc import Callable
-from fractions import Fraction
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from .._capacity import Capacity, exact_fraction
 from .._checks import check_count, check_hidden
 from .._token_info import TokenInfo
-from .._types import ExpertLogits, ExpertMask, Hidden, Key
+from .._types import ExpertLogits, Hidden, Key
 from ..parallel import role_field, to_experts, to_groups
 from ..routing import (
     ROUTER_STD,
@@ -24,7 +23,7 @@ from ..routing import (
     dispatch,
 )
 from ._cache import Cache
-from ._contracts import AbstractBlock, Routings
+from ._contracts import AbstractBlock, BlockResult
 from ._experts import Expert, MakeExpert, check_make_expert, run_experts, run_experts_bucketed
 
 
@@ -34,31 +33,29 @@ class MixtureOfExperts(AbstractBlock):
 
     **Arguments:**
 
-    - `make_expert`: builds one expert from a key. An expert maps one vector `[dim]` to one of the
-        same size; `eqx.nn.MLP`, `SwiGLUFeedForward` and `GELUFeedForward` do. It is given a key
-        where it has a parameter `key`, as one with dropout has. All experts are one stacked module.
+    - `make_expert`: builds one expert from a key. An expert maps one vector, `[dim]`, to one of its
+        size, as `eqx.nn.MLP` and `GELUFeedForward` do, and gets a key where it has a parameter
+        `key`. All experts are one stacked module.
     - `dim`: features of the hidden states.
     - `num_experts`: experts that compute.
     - `capacity_factor`: slots per token, over all experts. Each has
         `token_capacity(tokens, capacity_factor / num_experts)`, so a factor of 1 costs what one
         expert on every token costs, whatever the number of experts, no-ops or `k`.
-    - `num_noop`: no-op experts. They have no parameters, slots or FLOPs, and their probability
-        competes in the softmax. Under `ExpertChoice` they only move probability; under
-        `TokenChoice` choosing one uses one of the token's `k` choices.
+    - `num_noop`: no-op experts. They have no parameters, slots or FLOPs, and compete in the gate.
+        Under `ExpertChoice` they only move probability; under `TokenChoice` choosing one uses one
+        of the token's `k` choices.
     - `num_shared`: further experts that see every token with weight 1.
     - `select`: `ExpertChoice()`, which sees the future in a decoder (`make_causal` replaces it), or
         `TokenChoice(k)`, which does not.
     - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
-    - `predictor`: `Predictor(dim, num_experts, key=key)` for causal inference, or `None`.
-    - `router_std`: standard deviation of the router's initial weights.
+    - `predictor`, `router_std`: as `MixtureOfDepths` takes them, with `num_experts` logits a token.
 
     `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
     which tokens are selected, never the weights, and only `update_router_state` moves it.
 
-    **Raises:** `ValueError` for `num_experts` below 1, a negative `num_noop` or `num_shared`, a
-    `make_expert` that does not build maps of `[dim]` to `[dim]` from a key, or a capacity factor
-    that is not a finite positive number; at the call, for one that leaves an expert less than one
-    whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
+    **Raises:** `ValueError` for a number out of range or a `make_expert` that does not build maps
+    of `[dim]` to `[dim]` from a key; at the call, for a capacity factor that leaves an expert less
+    than one whole slot: `tokens * capacity_factor / num_experts` must be at least 1.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp, mode
     >>> make_expert = lambda key: eqx.nn.MLP(32, 32, 128, 1, jax.nn.gelu, key=key)
@@ -113,57 +110,43 @@ class MixtureOfExperts(AbstractBlock):
         self.experts = make_experts(jax.random.split(expert_key, num_experts))
         self.shared = make_experts(jax.random.split(shared_key, num_shared)) if num_shared else None
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, ExpertMask]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Returns the update and `(routing,)`. See `AbstractBlock`.
 
         The entries say which experts selected a token: so many of their slots are used. After
-        earlier tokens, each expert computes about the tokens that it selected, and reads no weights
-        where there are none.
+        earlier tokens, each expert computes about the tokens that it selected.
         """
         check_hidden(x, self.router.dim)
         total = x.shape[-2] if cache.max_tokens is None else cache.max_tokens
         self._check_slots(total)
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("mode.MixtureOfExperts"):
-            slots = self.router.slots(total)
-            routing = self.router(x, info, slots=slots, used=_used_slots(cache), key=keys[0])
+            slots, used = self.router.slots(total), None
+            if cache.info is not None:
+                earlier = cache.entries & cache.info.valid[..., None]
+                used = jnp.sum(earlier, axis=-2, dtype=jnp.int32)
+            routing = self.router(x, info, slots=slots, used=used, key=keys[0])
+            inputs = dispatch(x, routing)
             if cache.is_empty:
-                inputs = to_experts(dispatch(x, routing))
-                updates = to_groups(run_experts(self.experts, inputs, keys[1]))
+                updates = to_groups(run_experts(self.experts, to_experts(inputs), keys[1]))
             else:
-                capacity = min(self.router.capacity, Fraction(1))
-                inputs = dispatch(x, routing)
+                capacity = self.router.capacity
                 updates = run_experts_bucketed(self.experts, inputs, routing.filled, capacity)
             # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
             update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
             if self.shared is not None:
-                update += _run_shared(self.shared, x, info, keys[2])
+                # Zeros for padding: a NaN there would reach the gradients of parameters.
+                real = jnp.where(info.valid[..., None], x, 0)
+                update += run_experts(self.shared, real, keys[2], same_inputs=True).sum(0)
             return update, (routing,), routing.selected
 
     def _check_slots(self, num_tokens: int) -> None:
-        slots = num_tokens * self.router.capacity
+        slots, num_experts = num_tokens * self.router.capacity, self.router.num_experts
         if slots < 1 and self.router.select.max_capacity is None:
-            factor = self.router.capacity * self.router.num_experts
+            factor = float(self.router.capacity * num_experts)
             raise ValueError(
                 "`capacity_factor` must leave every expert at least one whole slot: tokens * "
-                f"capacity_factor / num_experts >= 1, got {num_tokens} * {float(factor):g} / "
-                f"{self.router.num_experts} = {float(slots):g}. Use a capacity factor of at least "
-                f"{float(Fraction(self.router.num_experts, num_tokens)):g}, fewer experts or "
-                "longer groups."
+                f"capacity_factor / num_experts >= 1, got {num_tokens} * {factor:g} / "
+                f"{num_experts} = {float(slots):g}. Use a capacity factor of at least "
+                f"{num_experts / num_tokens:g}, fewer experts or longer groups."
             )
-
-
-def _used_slots(cache: Cache) -> Int[Array, "batch experts"] | None:
-    if cache.info is None:
-        return None
-    selected = cache.entries & cache.info.valid[..., None]
-    return jnp.sum(selected, axis=-2, dtype=jnp.int32)
-
-
-def _run_shared(experts: Expert, x: Hidden, info: TokenInfo, key: Key) -> Hidden:
-    """Sums what all shared experts return for every token."""
-    # Zeros for padding: a NaN there would reach the gradients of parameters.
-    real = jnp.where(info.valid[..., None], x, 0)
-    return run_experts(experts, real, key, same_inputs=True).sum(0)

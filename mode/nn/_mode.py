@@ -1,6 +1,5 @@
-"""MoDE: the combinations of depths and experts, under the names that the paper gives them.
+"""MoDE: combinations of the parts for depths and experts, by the names that the paper gives them.
 
-Each is a few lines of the parts. They are here to be found and read; the parts do not need them.
 *Source* of all: arXiv:2404.02258, section 4.3.
 """
 
@@ -13,9 +12,8 @@ from .._capacity import Capacity
 from .._checks import check_count
 from ..routing import AbstractGate, AbstractSelector, ExpertChoice, IdentityGate
 from ._experts import MakeExpert
-from ._mixture_of_depths import MixtureOfDepths
+from ._mixture_of_depths import MixtureOfDepths, Residual
 from ._mixture_of_experts import MixtureOfExperts
-from ._residual import Residual
 from ._transformer_block import TransformerBlock
 
 
@@ -49,14 +47,9 @@ def staged_mode_layer(
     >>> depth.index.shape, experts.index.shape
     ((2, 1, 32), (2, 4, 8))
     """
-    expert_key, block_key, router_key = jax.random.split(key, 3)
+    moe_key, block_key, router_key = jax.random.split(key, 3)
     experts = MixtureOfExperts(
-        make_expert,
-        dim,
-        num_experts,
-        capacity_factor=capacity_factor,
-        select=select,
-        key=expert_key,
+        make_expert, dim, num_experts, capacity_factor=capacity_factor, select=select, key=moe_key
     )
     block = TransformerBlock(
         dim, num_heads, num_kv_heads=num_kv_heads, feedforward=experts, key=block_key
@@ -96,7 +89,7 @@ def integrated_mode_layer(
     """
     if capacity_factor is None:
         capacity_factor = _without_noop(num_experts, num_noop)
-    expert_key, block_key = jax.random.split(key)
+    moe_key, block_key = jax.random.split(key)
     experts = MixtureOfExperts(
         make_expert,
         dim,
@@ -104,7 +97,7 @@ def integrated_mode_layer(
         capacity_factor=capacity_factor,
         num_noop=num_noop,
         select=select,
-        key=expert_key,
+        key=moe_key,
     )
     block = TransformerBlock(
         dim, num_heads, num_kv_heads=num_kv_heads, feedforward=experts, key=block_key

@@ -1,7 +1,7 @@
 """The transformer block: attention, then a feed-forward, both as updates of the residual stream."""
 
 import jax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
 from .._checks import check_hidden
 from .._linear import RMSNorm
@@ -12,16 +12,16 @@ from ._adapters import PositionWise
 from ._attention import Attention
 from ._attention_function import Attend, CausalAttention
 from ._cache import Cache
-from ._contracts import AbstractBlock, Block, Routings, check_block, run_block
-from ._feedforward import SwiGLUFeedForward
+from ._contracts import AbstractBlock, Block, BlockResult, check_block, run_block
+from ._experts import SwiGLUFeedForward
 
 
 class TransformerBlock(AbstractBlock):
     r"""Pre-norm attention and feed-forward as one update: $a + g(\text{norm}(x + a))$ with
     $a = \text{attention}(\text{norm}(x))$.
 
-    It returns the update rather than the sum, so that a router can weigh it without counting the
-    residual twice, and so that it keeps its digits in bfloat16.
+    The update rather than the sum: a router can weigh it without counting the residual twice, and
+    it keeps its digits in bfloat16.
 
     **Arguments:**
 
@@ -55,8 +55,6 @@ class TransformerBlock(AbstractBlock):
         attend: Attend = CausalAttention(),
         key: PRNGKeyArray,
     ):
-        if feedforward is not None:
-            check_block("feedforward", feedforward)
         attention_key, feedforward_key = jax.random.split(key)
         self.attention_norm = RMSNorm(dim)
         self.attention = Attention(
@@ -68,15 +66,12 @@ class TransformerBlock(AbstractBlock):
             key=attention_key,
         )
         self.feedforward_norm = RMSNorm(dim)
-        self.feedforward = (
-            PositionWise(SwiGLUFeedForward(dim, key=feedforward_key))
-            if feedforward is None
-            else feedforward
-        )
+        if feedforward is None:
+            feedforward = PositionWise(SwiGLUFeedForward(dim, key=feedforward_key))
+        check_block("feedforward", feedforward)
+        self.feedforward = feedforward
 
-    def extend(
-        self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None
-    ) -> tuple[Hidden, Routings, PyTree]:
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Returns the update and the feed-forward's routings. See `AbstractBlock`."""
         check_hidden(x, self.attention_norm.weight.shape[0])
         attended, _, keys = self.attention.extend(self.attention_norm(x), info, cache.part(0))

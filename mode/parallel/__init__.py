@@ -6,8 +6,8 @@ A mesh may have two axes that this library knows by name:
 - `expert`: experts are sharded over it. The batch is too, or devices along this axis would
   duplicate the work of the layers without experts.
 
-Modules say by `role_field` which roles their arrays play. `named_shardings` looks up a
-`ShardingRule` for each role. XLA's partitioner derives the sharding of everything in between.
+Modules name the roles of their arrays by `role_field`; `named_shardings` looks up a `ShardingRule`
+for each. XLA's partitioner derives the sharding of everything in between.
 """
 
 from ._roles import ArrayRoles as ArrayRoles, array_roles as array_roles, role_field as role_field
@@ -15,6 +15,7 @@ from ._sharding import (
     BATCH_RULES as BATCH_RULES,
     DECODE_RULES as DECODE_RULES,
     PARAMETER_RULES as PARAMETER_RULES,
+    Rules as Rules,
     ShardingRule as ShardingRule,
     all_gather_parameters as all_gather_parameters,
     named_shardings as named_shardings,

@@ -4,27 +4,26 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
-from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import PyTree
 
 
-_ROLES = "mode.roles"
-_STACKED = "mode.stacked"
+_ROLES, _STACKED = "mode.roles", "mode.stacked"
 
 
 def role_field(role: str, *, stacked: bool = False, **kwargs: Any) -> Any:
     """Declares a field of a module whose arrays play a role, such as `"experts"`.
 
-    A `ShardingRule` is for a role: a renamed field changes nothing. An array plays the roles of all
-    fields on its path: in this library `layers`, `router`, `experts`, `embedding`, `head`,
-    `attention`, `feedforward` and `caches`.
+    A `ShardingRule` is for a role, so that a renamed field changes nothing. An array plays the
+    roles of all fields on its path.
 
     **Arguments:**
 
-    - `role`: the role of every array under the field, one of these or your own.
-    - `stacked`: whether these arrays have one more leading axis, of layers, which is never sharded:
-        a scan goes over it.
-    - `kwargs`: passed to `equinox.field`. Static fields have no arrays, and are a `ValueError`.
+    - `role`: of every array under the field. This library has `layers`, `router`, `experts`,
+        `embedding`, `head`, `attention`, `feedforward` and `caches`; add your own.
+    - `stacked`: whether these arrays have one more leading axis, of layers, that a scan goes over.
+        It is never sharded.
+    - `kwargs`: as `equinox.field` takes them. `ValueError` for a static field: it has no arrays.
 
     >>> import equinox as eqx, jax.numpy as jnp, mode
     >>> class Lookup(eqx.Module):
@@ -65,7 +64,7 @@ def _walk(node: Any, above: ArrayRoles) -> Iterator[ArrayRoles]:
         if not path:
             yield above
             continue
-        field = fields.get(path[0].name) if isinstance(path[0], GetAttrKey) else None
+        field = fields.get(getattr(path[0], "name", None))
         metadata = {} if field is None else field.metadata
         roles = above.roles + metadata.get(_ROLES, ())
         stacked = above.stacked + metadata.get(_STACKED, 0)

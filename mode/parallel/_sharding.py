@@ -1,9 +1,8 @@
 """Sharding rules for the arrays that a user holds, and constraints for those inside layers.
 
-Rules say which axes of an array are sharded over which axes of a mesh. Constraints say what the
-partitioner cannot derive from them: where two arrays with different shardings meet, slots move to
-the experts, and not experts to the slots; parameters are gathered for the batch, and not the batch
-for the parameters. Constraints do nothing if no mesh is set by `jax.set_mesh`.
+Constraints say what the partitioner cannot derive from rules, where two arrays with different
+shardings meet: slots move to the experts, and not experts to the slots; parameters are gathered for
+the batch, and not the batch for the parameters. They do nothing without `jax.set_mesh`.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ class ShardingRule:
 
     **Arguments:**
 
-    - `role`: of the arrays that the rule is for, see `role_field`; `None` for every array.
+    - `role`: of the arrays that the rule is for, as `role_field` takes it; `None` for every array.
     - `axes`: the mesh axes that each axis of the array is sharded over, from the first one that is
         not an axis of layers; `None` for none. Axes that a mesh does not have count for nothing.
     - `spread`: mesh axes over which the longest of the other axes is sharded, if it is divisible by
@@ -47,6 +46,8 @@ class ShardingRule:
     spread: tuple[str, ...] = ()
 
 
+Rules = tuple[ShardingRule, ...]
+
 # Routers are small, and whole on every device: no routing depends on the number of devices.
 PARAMETER_RULES = (
     ShardingRule("router"),
@@ -55,12 +56,10 @@ PARAMETER_RULES = (
 )
 BATCH_RULES = (ShardingRule(None, (_BATCH_AXES,)),)
 # Caches have an axis of layers before that of the batch. It is stacked, so it does not count.
-DECODE_RULES = (ShardingRule("caches", (_BATCH_AXES,)), ShardingRule(None, (_BATCH_AXES,)))
+DECODE_RULES = (ShardingRule("caches", (_BATCH_AXES,)), *BATCH_RULES)
 
 
-def named_shardings(
-    tree: PyTree, mesh: AnyMesh, rules: tuple[ShardingRule, ...] = PARAMETER_RULES
-) -> PyTree:
+def named_shardings(tree: PyTree, mesh: AnyMesh, rules: Rules = PARAMETER_RULES) -> PyTree:
     """Returns the sharding of each array of a tree on a mesh.
 
     **Arguments:**
@@ -90,8 +89,8 @@ def named_shardings(
             f"`mesh` must have axes of type `Auto`, got {mesh.axis_types}. Pass `axis_types="
             f"(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}` to `jax.make_mesh`."
         )
-    named = [_present_axes(axes, mesh) for rule in rules for axes in (*rule.axes, rule.spread)]
-    if mesh.axis_names and not any((_present_axes(_BATCH_AXES, mesh), *named)):
+    named = (axes for rule in rules for axes in (*rule.axes, rule.spread))
+    if mesh.axis_names and not any(_present_axes(axes, mesh) for axes in (_BATCH_AXES, *named)):
         raise ValueError(
             "`mesh` must have an axis `data`, `expert` or one that `rules` name, got only "
             f"{' and '.join(map(str, mesh.axis_names))}: every device would have a copy of every "
@@ -105,19 +104,7 @@ def named_shardings(
     return jax.tree.unflatten(structure, shardings)
 
 
-def _rule_for(array: ArrayRoles, rules: tuple[ShardingRule, ...]) -> ShardingRule:
-    for rule in rules:
-        if rule.role is None or rule.role in array.roles:
-            return rule
-    raise ValueError(
-        f"`rules` must be for every array, but none is for {array.path or 'the array itself'}, "
-        f"whose roles are ({', '.join(array.roles)}). End with `ShardingRule(None)`, which leaves "
-        "an array whole."
-    )
-
-
 def _is_auto(mesh: AnyMesh) -> bool:
-    """Whether the compiler chooses the shardings along every axis of the mesh."""
     return all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -131,20 +118,30 @@ def _num_devices(axes: tuple[str, ...], mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _spec(
-    array: ArrayRoles, shape: tuple[int, ...], mesh: AnyMesh, rules: tuple[ShardingRule, ...]
-) -> PartitionSpec:
+def _rule_for(array: ArrayRoles, rules: Rules) -> ShardingRule:
+    for rule in rules:
+        if rule.role is None or rule.role in array.roles:
+            return rule
+    raise ValueError(
+        f"`rules` must be for every array, but none is for {array.path or 'the array itself'}, "
+        f"whose roles are ({', '.join(array.roles)}). End with `ShardingRule(None)`, which leaves "
+        "an array whole."
+    )
+
+
+def _spec(array: ArrayRoles, shape: tuple[int, ...], mesh: AnyMesh, rules: Rules) -> PartitionSpec:
     rule = _rule_for(array, rules)
     # Numbers, such as the empty moments of `optax.adafactor`, are not sharded.
     axes = range(array.stacked, 0 if set(shape) <= {1} else len(shape))
     spec: list[MeshAxes] = [None] * len(shape)
     for axis, mesh_axes in zip(axes, rule.axes, strict=False):
         present = _present_axes(mesh_axes, mesh)
-        if shape[axis] % _num_devices(present, mesh):
+        devices = _num_devices(present, mesh)
+        if shape[axis] % devices:
             raise ValueError(
                 f"axis {axis} of {array.path or 'the array'}, of size {shape[axis]}, must be "
-                f"divisible by the {_num_devices(present, mesh)} devices along "
-                f"{' and '.join(present)} of the mesh. Choose another mesh, or another size."
+                f"divisible by the {devices} devices along {' and '.join(present)} of the mesh. "
+                "Choose another mesh, or another size."
             )
         spec[axis] = present or None
     free = [axis for axis in axes if spec[axis] is None]

@@ -1,11 +1,11 @@
 """Routing: which tokens go to which expert, and with what weight.
 
-A `Router` makes a `Routing`, the record of one decision. Read in the order of the data: the scorer
-and its gate (`_router`, `_gates`), the selector (`_selector` and the rules beside it), the record
-(`_record`), and the gather and scatter that move tokens by it (`_dispatch`). What a router
-remembers between steps is in `_router_state`, `_state_update` and `_quantile`.
+Read in the order of the data: the scorer and its gate (`_router`, `_gates`), the selector
+(`_selector` and the rules beside it), the record of the decision (`_record`), and the gather and
+scatter that move tokens by it (`_dispatch`). `_state_update` follows each training step.
 """
 
+from ._calibrate import calibrate_thresholds as calibrate_thresholds
 from ._causal import causal_selection as causal_selection, make_causal as make_causal
 from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
 from ._gates import (
@@ -30,9 +30,13 @@ from ._metrics import (
     selection_accuracy as selection_accuracy,
 )
 from ._predictor import Predictor as Predictor
-from ._record import Routing as Routing, Routings as Routings, selected_mask as selected_mask
+from ._record import (
+    RouterState as RouterState,
+    Routing as Routing,
+    Routings as Routings,
+    selected_mask as selected_mask,
+)
 from ._router import ROUTER_STD as ROUTER_STD, Router as Router
-from ._router_state import RouterState as RouterState
 from ._selector import (
     AbstractSelector as AbstractSelector,
     AbstractTokenSelector as AbstractTokenSelector,
@@ -52,6 +56,7 @@ from ._surgery import (
     map_router_routings as map_router_routings,
     map_routers as map_routers,
     routers as routers,
+    with_capacity as with_capacity,
 )
 from ._token_selectors import (
     AbstractThreshold as AbstractThreshold,

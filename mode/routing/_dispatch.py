@@ -1,8 +1,8 @@
 """Dispatch and combine: an index gather of tokens into slots, a scatter-add of results back.
 
-Slots are *experts-major*, `[experts, *groups, slots, dim]`, so that every expert computes the
-tokens of all groups in one matrix product. The group axes are batch axes of the gather and are not
-folded into the index: a compiler can then keep each group on its device.
+Slots are *experts-major*, so that every expert computes the tokens of all groups in one matrix
+product. The group axes are batch axes of the gather and are not folded into the index: a compiler
+can then keep each group on its device.
 """
 
 import jax
@@ -17,8 +17,7 @@ from ._record import Routing
 def dispatch(x: Hidden, routing: Routing) -> Slots:
     """Gathers the tokens of every slot from `x`, `[*groups, tokens, dim]`.
 
-    **Returns:** `[experts, *groups, slots, dim]`, in time order along `slots`; an empty slot is all
-    zeros.
+    **Returns:** `[experts, *groups, slots, dim]`, in time order; an empty slot is all zeros.
     """
     with jax.named_scope("mode.dispatch"):
         return _gather(x, routing.index)
@@ -42,7 +41,7 @@ def combine(updates: Slots, routing: Routing, onto: Hidden) -> Hidden:
     - `routing`: the token and the weight of each slot.
     - `onto`: `[*groups, tokens, dim]`: the residual stream, or zeros.
 
-    **Returns:** `[*groups, tokens, dim]`, in the dtype of `onto`.
+    **Returns:** an array like `onto`.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> block, x = mode.PositionWise(jnp.tanh), jnp.ones((2, 6, 8))

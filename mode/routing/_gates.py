@@ -1,7 +1,7 @@
 """Gates: from a router's logits to the weights of the experts' outputs.
 
 A gate is a function of one token's logits. A softmax over the *tokens* of a sequence, as in some
-public code, makes every weight depend on the future, so there is no such gate here.
+public code, would make every weight depend on the future.
 """
 
 import abc
@@ -16,15 +16,14 @@ from .._types import ExpertLogits, ExpertMask, Logits
 class AbstractGate(eqx.Module):
     """Maps logits to the experts' weights, and to the scores by which tokens compete.
 
-    A gate of your own implements both methods. Logits and results are float32 or wider.
+    Logits and results are float32 or wider. A gate of your own implements both methods.
     """
 
     @abc.abstractmethod
     def scores(self, logits: Logits) -> Logits:
-        """Returns what selectors compare.
+        """Returns what selectors compare: logits or log-probabilities, not probabilities.
 
-        Must not saturate where the weights do (return log-probabilities, not probabilities), so
-        that confident tokens still rank.
+        It must not saturate where the weights do, so that confident tokens still rank.
         """
 
     @abc.abstractmethod
@@ -35,96 +34,79 @@ class AbstractGate(eqx.Module):
 class _LogitGate(AbstractGate):
     """A gate that acts on each expert's logit by itself: the score is the logit."""
 
-    @abc.abstractmethod
-    def weight(self, logits: ExpertLogits) -> ExpertLogits:
-        """Returns the weights of the experts, without the no-ops."""
-
     def scores(self, logits: Logits) -> Logits:
         return logits
-
-    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
-        return self.weight(logits[..., : selected.shape[-1]])
 
 
 class IdentityGate(_LogitGate):
     """The weight is the logit itself, as equation 1 of arXiv:2404.02258 prints it."""
 
-    def weight(self, logits: ExpertLogits) -> ExpertLogits:
-        return logits
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        return logits[..., : selected.shape[-1]]
 
 
 class SigmoidGate(_LogitGate):
     """The weight is `scale * sigmoid(logit)`.
 
-    **Arguments:**
-
-    - `scale`: the largest weight. With 2, an undecided router (logit 0) adds the whole update.
+    With a `scale` of 2, an undecided router (logit 0) adds the whole update.
 
     *Source:* section 3.5 of arXiv:2404.02258, which speaks of the sigmoid of the weight.
     """
 
     scale: float = eqx.field(static=True, default=1.0)
 
-    def weight(self, logits: ExpertLogits) -> ExpertLogits:
-        return self.scale * jax.nn.sigmoid(logits)
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        return self.scale * jax.nn.sigmoid(logits[..., : selected.shape[-1]])
 
 
 class TanhGate(_LogitGate):
     """The weight is `scale * tanh(logit)`: bounded, and 0 for an undecided router.
-
-    **Arguments:**
-
-    - `scale`: the largest absolute weight.
 
     *Source:* arXiv:2412.04449.
     """
 
     scale: float = eqx.field(static=True, default=1.0)
 
-    def weight(self, logits: ExpertLogits) -> ExpertLogits:
-        return self.scale * jnp.tanh(logits)
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        return self.scale * jnp.tanh(logits[..., : selected.shape[-1]])
 
 
-class SoftmaxGate(AbstractGate):
+class _ProbabilityGate(AbstractGate):
+    """A gate of a softmax: the score is the log-softmax, exact for confident tokens.
+
+    `jax.nn.log_softmax` adds the best choice's 1 to the other exponentials, and from a gap of 17 on
+    the 1 swallows them. Here `log1p` adds it.
+    """
+
+    def scores(self, logits: Logits) -> Logits:
+        # Equal logits give 0 here, so an infinite bias does not become NaN: the others get -inf.
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        shifted = jnp.where(logits == top, 0, logits - top)
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        choice = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(logits.ndim - 1))
+        others = jnp.where(choice == best, 0, jnp.exp(shifted))
+        return shifted - jnp.log1p(jnp.sum(others, axis=-1, keepdims=True))
+
+
+class SoftmaxGate(_ProbabilityGate):
     """The weight is the probability among all choices, not renormalised over the selected experts.
 
     *Source:* arXiv:2202.09368, section 3.
     """
 
-    def scores(self, logits: Logits) -> Logits:
-        return _log_softmax(logits)
-
     def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
         return jax.nn.softmax(logits, axis=-1)[..., : selected.shape[-1]]
 
 
-class SelectedSoftmaxGate(AbstractGate):
+class SelectedSoftmaxGate(_ProbabilityGate):
     """The weight is the probability among the experts that selected the token.
 
     The weights of a token with at least one slot sum to 1. `Router` does not accept it with
     `TokenChoice(1)`: the one weight would always be 1, and the router would get no gradient.
     """
 
-    def scores(self, logits: Logits) -> Logits:
-        return _log_softmax(logits)
-
     def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
         # A token without a slot has no weights to normalise: a softmax over nothing is NaN.
         allowed = selected | ~jnp.any(selected, axis=-1, keepdims=True)
         chosen = jnp.where(allowed, logits[..., : selected.shape[-1]], -jnp.inf)
         return jax.nn.softmax(chosen, axis=-1)
-
-
-def _log_softmax(logits: Logits) -> Logits:
-    """Computes the log-softmax so that the best choice of confident tokens still differs.
-
-    `jax.nn.log_softmax` adds the best choice's 1 to the other exponentials, and from a gap of 17 on
-    the 1 swallows them. Here `log1p` adds it.
-    """
-    # Equal logits give 0 here, so an infinite bias does not become NaN: the others get -inf.
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    shifted = jnp.where(logits == top, 0, logits - top)
-    best = jnp.argmax(logits, axis=-1, keepdims=True)
-    choice = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(logits.ndim - 1))
-    others = jnp.where(choice == best, 0, jnp.exp(shifted))
-    return shifted - jnp.log1p(jnp.sum(others, axis=-1, keepdims=True))

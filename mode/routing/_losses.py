@@ -1,7 +1,6 @@
 """Losses on routings: pure functions of the record.
 
-Each loss is a mean, so that it does not grow with the number of layers, groups or tokens; so is
-that of the stacked routing of layers that are scanned over. For all routings of a model take the
+Each loss is a mean over tokens, groups and stacked layers. For all routings of a model take the
 mean, weighted by `routing.index.shape[0]` where stacks differ in depth.
 """
 
@@ -37,7 +36,7 @@ def load_balance_loss(routing: Routing) -> Scalar:
     $f_c$ is the fraction of the group's assignments that requested choice $c$ (before slots run
     out), $P_c$ the mean probability that its real tokens give to $c$. At perfect balance the loss
     is 1 for every number of experts and every `k`. It is meant for `TokenChoice`; expert choice is
-    balanced by construction. No-op experts count as choices. Groups of padding alone are left out.
+    balanced by construction. No-ops count as choices. Groups of padding alone are left out.
 
     *Source:* arXiv:2101.03961, section 2.2, equation 4. *Relative to the paper:* per routing group,
     the set whose tokens compete for slots, not per batch; divided by `k`.
@@ -55,9 +54,9 @@ def load_balance_loss(routing: Routing) -> Scalar:
 def router_bce(routing: Routing) -> Scalar:
     """Trains the router's own logits to be positive for the tokens that top-k selected.
 
-    The binary cross entropy of the logits against the selected mask, the mean over real tokens and
-    experts. Its gradient reaches the router and the hidden states. `routing` must be recorded under
-    top-k: under a threshold the target would be its own answer.
+    The mean binary cross entropy of the logits against the selected mask. Its gradient reaches the
+    router and the hidden states. `routing` must be recorded under top-k: under a threshold the
+    target would be its own answer.
 
     *Source:* the first method of arXiv:2404.02258, section 3.5. The paper gives no coefficient.
     """

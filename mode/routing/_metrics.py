@@ -17,9 +17,11 @@ class RoutingMetrics(eqx.Module):
 
     - `coverage`: fraction of real tokens with a slot of at least one expert.
     - `compute`: filled slots per real token: the computation, relative to one expert on all tokens.
-    - `load`: `[choices]`, fraction of all requested assignments that went to each choice.
-    - `drop_rate`: fraction of the requested assignments that got no slot.
-    - `noop_rate`: fraction of the requested assignments that chose a no-op.
+    - `load`: `[choices]`, fraction of the requested assignments that went to each choice.
+    - `drop_rate`, `noop_rate`: fraction of them that got no slot, and that chose a no-op. Under
+        expert choice no token chooses, and both are 0.
+    - `noop_probability`: mean over real tokens of the softmax probability of all no-ops together,
+        which the weights of the experts lack; 0 without no-ops.
     - `entropy`: mean over real tokens of the entropy of the softmax over choices, in nats; with a
         single choice, of the sigmoid of the logit and its complement.
     """
@@ -29,11 +31,12 @@ class RoutingMetrics(eqx.Module):
     load: Float[Array, " choices"]
     drop_rate: Scalar
     noop_rate: Scalar
+    noop_probability: Scalar
     entropy: Scalar
 
 
 def routing_metrics(routing: Routing) -> RoutingMetrics:
-    """Computes coverage, load, rates and entropy of a routing, all groups together.
+    """Computes the metrics of a routing.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> block = mode.PositionWise(jnp.tanh)
@@ -52,6 +55,7 @@ def routing_metrics(routing: Routing) -> RoutingMetrics:
         load=load / requested,
         drop_rate=jnp.sum(routing.num_dropped).astype(dtype) / requested,
         noop_rate=jnp.sum(routing.num_noop).astype(dtype) / requested,
+        noop_probability=masked_mean(_noop_probability(routing), routing.valid),
         entropy=masked_mean(_entropy(routing.logits), routing.valid),
     )
 
@@ -60,7 +64,14 @@ def _entropy(logits: Logits) -> Float[Array, "*groups tokens"]:
     if logits.shape[-1] == 1:
         logits = jnp.concatenate([logits, jnp.zeros_like(logits)], axis=-1)
     log_probability = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
+    probability = jnp.exp(log_probability)
+    # A choice that a scorer masks, by minus infinity, counts 0 and not NaN.
+    return -jnp.sum(jnp.where(probability > 0, probability * log_probability, 0), axis=-1)
+
+
+def _noop_probability(routing: Routing) -> Float[Array, "*groups tokens"]:
+    probability = jax.nn.softmax(routing.logits, axis=-1)
+    return jnp.sum(probability[..., routing.num_experts :], axis=-1)
 
 
 class SelectionAccuracy(eqx.Module):
@@ -81,12 +92,9 @@ class SelectionAccuracy(eqx.Module):
 
 
 def selection_accuracy(routing: Routing, predicted: ExpertMask) -> SelectionAccuracy:
-    """Computes precision, recall and accuracy of `predicted` against the selection of `routing`.
+    """Compares `predicted`, such as a mask of `causal_selection`, with the selection of `routing`.
 
-    **Arguments:**
-
-    - `routing`: the truth, as a rule recorded under top-k.
-    - `predicted`: `[*groups, tokens, experts]`, such as a mask of `causal_selection`.
+    `predicted` is `[*groups, tokens, experts]`; `routing` is the truth, recorded under top-k.
 
     **Raises:** `ValueError` if `predicted` has another shape than `routing.selected`.
     """
@@ -98,9 +106,8 @@ def selection_accuracy(routing: Routing, predicted: ExpertMask) -> SelectionAccu
     dtype = routing.logits.dtype
     real = jnp.broadcast_to(routing.valid[..., None], predicted.shape)
     selected = routing.selected & real
-    hits = jnp.sum(selected & predicted).astype(dtype)
     return SelectionAccuracy(
-        precision=hits / jnp.maximum(jnp.sum(predicted & real), 1).astype(dtype),
-        recall=hits / jnp.maximum(jnp.sum(selected), 1).astype(dtype),
+        precision=masked_mean(selected.astype(dtype), predicted & real),
+        recall=masked_mean(predicted.astype(dtype), selected),
         accuracy=masked_mean((predicted == selected).astype(dtype), real),
     )

@@ -11,13 +11,11 @@ from .._types import ExpertLogits, Hidden
 class Predictor(eqx.Module):
     """Predicts from a token alone whether top-k selects it: one logit per expert.
 
-    It reads hidden states through a stop-gradient and decides only which tokens are selected; the
-    weight is still the router's.
+    The router stops the gradient to its input, and decides by it only which tokens are selected.
 
     **Arguments:**
 
-    - `dim`: features of the hidden states.
-    - `num_experts`: experts of its router.
+    - `dim`, `num_experts`: as in its router.
     - `hidden`: features of the hidden layer; by default half of `dim`.
 
     *Source:* the "second router" of arXiv:2404.02258, section 3.5, which gives no width.

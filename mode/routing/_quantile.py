@@ -15,10 +15,9 @@ def score_quantile(
 ) -> Float[Array, " experts"]:
     """Returns the score that separates each expert's best tokens from the rest.
 
-    The best tokens are a fraction `capacity` of the real tokens of all groups, at least one. The
-    result is half way between the k-th score and the next, so that exactly the k best are above it.
-    If `capacity >= 1`, return the lowest float, which every token passes. If rounding selects all
-    tokens, return their minimum.
+    The best are a fraction `capacity` of the real tokens of all groups, at least one. The result
+    is half way between the last of them and the next: their minimum if rounding selects all tokens,
+    and the lowest float, which every token passes, if `capacity >= 1`.
     """
     if capacity >= 1:
         return jnp.full(scores.shape[-1], jnp.finfo(jnp.float32).min)
@@ -38,9 +37,8 @@ def nth_largest(
 ) -> Float[Array, "1 experts"]:
     """Returns the `count`-th largest value of each column; NaN where a column has one.
 
-    It bisects over the 32 bits of a float32, whose order as integers is that of the numbers. Each
-    pass counts rows, so that on a mesh only counts move between devices. A sort would bring every
-    row to every device.
+    It bisects over the 32 bits of a float32, whose order as integers is that of the numbers. On a
+    mesh only counts of rows move between devices; a sort would bring every row to every device.
     """
     ends = jnp.iinfo(jnp.int32)
     bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # one zero: -0.0 + 0.0 is 0.0

@@ -1,4 +1,4 @@
-"""The record of one routing decision. Everything else in the library reads or makes one."""
+"""The records of a router: of one decision, and of what it remembers between training steps."""
 
 import equinox as eqx
 import jax
@@ -27,15 +27,18 @@ class Routing(eqx.Module):
 
     **Attributes:**
 
-    - `index`: `[*groups, experts, slots]`, the token in each slot, ascending in each row; an empty
-        slot holds `tokens`, one past the last token.
+    - `index`: `[*groups, experts, slots]`, the token in each slot, ascending; an empty slot holds
+        `tokens`, one past the last token.
     - `weight`: `[*groups, experts, slots]`, the factor of the expert's output, float32 or wider;
         0 where the slot is empty.
     - `logits`: `[*groups, tokens, choices]`, float32 or wider, before any selection bias.
     - `load`: `[*groups, choices]`, requested assignments, before slots run out.
     - `valid`: `[*groups, tokens]`, false for padding.
-    - `predictor`: `[*groups, tokens, experts]`, the predictor's logits; `None` for a router without
-        a predictor.
+    - `predictor`: `[*groups, tokens, experts]`, the predictor's logits, or `None`.
+    - `group_axes`: how many axes `*groups` had when the router was called. Axes that `jax.vmap` or
+        `jax.lax.scan` put before them later are told from them by it.
+    - `num_experts`, `num_tokens`, `filled`, `selected`, `num_filled`, `num_noop`, `num_dropped` and
+        `num_padding` are computed from these.
 
     A token that *chose* a no-op, a token that was *dropped* because its expert had no slot left,
     and *padding* are counted apart. Under `TokenChoice(k)`, filled + no-op + dropped + k x padding
@@ -48,6 +51,10 @@ class Routing(eqx.Module):
     load: Load
     valid: TokenMask
     predictor: ExpertLogits | None
+    group_axes: int = eqx.field(static=True, init=False)
+
+    def __post_init__(self) -> None:
+        self.group_axes = self.valid.ndim - 1
 
     @property
     def num_experts(self) -> int:
@@ -82,8 +89,7 @@ class Routing(eqx.Module):
     @property
     def num_dropped(self) -> Count:
         """`[*groups]`: requested assignments that got no slot."""
-        requested = jnp.sum(self.load[..., : self.num_experts], axis=-1, dtype=jnp.int32)
-        return requested - self.num_filled
+        return jnp.sum(self.load, axis=-1, dtype=jnp.int32) - self.num_noop - self.num_filled
 
     @property
     def num_padding(self) -> Count:
@@ -91,7 +97,7 @@ class Routing(eqx.Module):
         return jnp.sum(~self.valid, axis=-1, dtype=jnp.int32)
 
     def masked(self, keep: Bool[Array, "*groups"]) -> "Routing":
-        """Returns the record in which groups with a false `keep` are padding and hold nothing."""
+        """Returns a copy in which groups with a false `keep` are padding and hold nothing."""
 
         def cleared(values: Array, empty: int = 0) -> Array:
             kept = jnp.expand_dims(keep, range(keep.ndim, values.ndim))
@@ -103,3 +109,36 @@ class Routing(eqx.Module):
 
 # What layers, models and decoding return: one record per router, in the order of the routers.
 Routings = tuple[Routing, ...]
+
+
+class RouterState(eqx.Module):
+    """The numbers that a router remembers between training steps.
+
+    Only `update_router_state` changes them: no gradient reaches them, and `is_trainable` keeps them
+    from the optimizer. Stacked layers share one state with a leading axis of layers.
+
+    **Attributes:**
+
+    - `bias`: `[choices]`, added to the logits when tokens are selected, never to the weights.
+    - `threshold`: `[experts]`, a running estimate of the score that separates the best tokens, a
+        fraction `capacity` of all, from the rest.
+    - `updates`: `[]`, the number of updates so far.
+    """
+
+    bias: Float[Array, "*layers choices"]
+    threshold: Float[Array, "*layers experts"]
+    updates: Int[Array, "*layers"]
+
+    @staticmethod
+    def initial(num_experts: int, num_choices: int) -> "RouterState":
+        """Returns the state before the first update: all zeros."""
+        return RouterState(
+            jnp.zeros(num_choices, jnp.float32),
+            jnp.zeros(num_experts, jnp.float32),
+            jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The leading axes of stacked layers; `()` for a layer by itself."""
+        return self.bias.shape[:-1]

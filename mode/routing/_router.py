@@ -1,4 +1,4 @@
-"""The router: scorer, selector, gate and, for causal inference, an optional predictor."""
+"""The router: scorer, selector, gate and an optional predictor."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -16,19 +16,18 @@ from .._token_info import TokenInfo
 from .._types import ExpertLogits, Hidden, Key, Logits, SlotIndex, TokenMask
 from ..parallel import role_field
 from ._gates import AbstractGate, SelectedSoftmaxGate
-from ._record import Routing, selected_mask
-from ._router_state import RouterState
+from ._record import RouterState, Routing, selected_mask
 from ._selector import AbstractSelector, AbstractTokenSelector, Assignment, RoutingInputs
 from ._token_selectors import TokenChoice
 
 
-# With this value a router starts nearly undecided. At `dim ** -0.5` the identity gate gives some
-# tokens weights of 2 and more before anything is learned.
+# A router starts nearly undecided. At `dim ** -0.5` the identity gate would give some tokens
+# weights of 2 and more before anything is learned.
 ROUTER_STD = 0.02
 
 
 class Router(eqx.Module):
-    r"""Turns hidden states into a `Routing`: the one router of every layer in this library.
+    r"""Turns hidden states into a `Routing`.
 
     $\text{logits} = W x$ in float32 or wider, whatever the dtype of the activations; the selector
     compares `gate.scores(logits + bias)`; the weights are `gate(logits)`, without the bias.
@@ -44,8 +43,8 @@ class Router(eqx.Module):
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
     - `std`: standard deviation of the scorer's initial weights; the paper gives none.
 
-    **Raises:** `ValueError` for a selector or gate that is not an instance of one, and for a pair
-    of them that would leave the router without a gradient.
+    **Raises:** `ValueError` for a selector, gate or predictor that is not an instance of one, and
+    for `SelectedSoftmaxGate` with `TokenChoice(1)`, which give the router no gradient.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> select, gate = mode.ExpertChoice(), mode.SoftmaxGate()
@@ -120,19 +119,14 @@ class Router(eqx.Module):
         slots: int,
         free: Int[Array, "*groups experts"] | None = None,
     ) -> RoutingInputs:
-        """Makes the inputs of the selector from the scorer's logits. No gradient flows through.
+        """Makes the inputs of the selector, whose fields of the same names the arguments are.
 
-        The arguments are the fields of the same names of `RoutingInputs`.
+        No gradient flows through them.
         """
-        return RoutingInputs(
-            scores=jax.lax.stop_gradient(self.scores(logits)),
-            logits=jax.lax.stop_gradient(logits),
-            predictor=jax.lax.stop_gradient(predictor),
-            threshold=jax.lax.stop_gradient(self.state.threshold.astype(logits.dtype)),
-            valid=valid,
-            free=free,
-            slots=slots,
-        )
+        threshold = self.state.threshold.astype(logits.dtype)
+        scores = self.scores(logits)
+        inputs = RoutingInputs(scores, logits, predictor, threshold, valid, free, slots)
+        return jax.lax.stop_gradient(inputs)
 
     def __call__(
         self,
@@ -164,31 +158,41 @@ class Router(eqx.Module):
                 _check_follows(self.select, slots)
             num_tokens = x.shape[-2]
             total = self.slots(num_tokens) if slots is None else slots
+            free = None if used is None else total - used
             # Padding becomes zeros: a NaN there would reach the scorer's gradient as 0 * NaN.
             x = jnp.where(info.valid[..., None], x, 0).astype(float32_or_wider(x.dtype))
-            logits = self.scorer(x)
-            predictor = None if self.predictor is None else self.predictor(jax.lax.stop_gradient(x))
-            _check_predictor(predictor, (*x.shape[:-1], self.num_experts))
-            free = None if used is None else total - used
+            logits, predictor = self.scorer(x), self._predict(jax.lax.stop_gradient(x))
             inputs = self.inputs(logits, predictor, info.valid, min(total, num_tokens), free)
             assignment = self.select(inputs, key=key)
             _check_assignment(self.select, assignment, inputs)
-            weight = self._slot_weights(logits, assignment.index)
+            weight = self._weights(logits, assignment.index)
             return Routing(assignment.index, weight, logits, assignment.load, info.valid, predictor)
 
-    def _slot_weights(
-        self, logits: Logits, index: SlotIndex
-    ) -> Float[Array, "*groups experts slots"]:
+    def _predict(self, x: Hidden) -> ExpertLogits | None:
+        if self.predictor is None:
+            return None
+        logits, expected = self.predictor(x), (*x.shape[:-1], self.num_experts)
+        if logits.shape != expected:  # one logit for several experts would broadcast in the loss
+            raise ValueError(
+                f"`predictor` must return one logit per expert, {expected}, got {logits.shape}. "
+                "Use `Predictor(dim, num_experts, key=key)`."
+            )
+        return logits
+
+    def _weights(self, logits: Logits, index: SlotIndex) -> Float[Array, "*groups experts slots"]:
         num_tokens = logits.shape[-2]
         weights = self.gate(logits, selected_mask(index, num_tokens))
-        _check_weights(self.gate, weights, (*logits.shape[:-1], self.num_experts))
+        expected = (*logits.shape[:-1], self.num_experts)
+        if weights.shape != expected:
+            raise ValueError(
+                f"`gate`, {type(self.gate).__name__}, must return one weight per token and expert, "
+                f"{expected}, without the no-ops, got {weights.shape}. Cut the logits to "
+                "`selected.shape[-1]` experts."
+            )
         # Clipped for the gather only; `where`, not a product, clears the empty slots.
         token = jnp.minimum(index, num_tokens - 1)
         weight = jnp.take_along_axis(jnp.swapaxes(weights, -1, -2), token, axis=-1)
         return jnp.where(index < num_tokens, weight, 0)
-
-
-# Users may write the parts of a router themselves, so their results are checked.
 
 
 def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
@@ -215,35 +219,17 @@ def _check_follows(select: AbstractSelector, slots: int | None) -> None:
 
 
 def _check_assignment(select: AbstractSelector, assignment: object, inputs: RoutingInputs) -> None:
+    name, groups = type(select).__name__, inputs.valid.shape[:-1]
     if not isinstance(assignment, Assignment):
         raise ValueError(
-            f"`select`, {type(select).__name__}, must return an `Assignment(index, load)`, got "
+            f"`select`, {name}, must return an `Assignment(index, load)`, got "
             f"{type(assignment).__name__}."
         )
-    groups = inputs.valid.shape[:-1]
     rows, load = (*groups, inputs.num_experts), (*groups, inputs.scores.shape[-1])
     if (assignment.index.shape[:-1], assignment.load.shape) != (rows, load):
         raise ValueError(
-            f"`select`, {type(select).__name__}, must return an index of shape [*groups, experts, "
-            f"slots] = {(*rows, inputs.slots)} and a load of shape [*groups, choices] = {load}, "
-            f"got {assignment.index.shape} and {assignment.load.shape}. "
+            f"`select`, {name}, must return an index of shape [*groups, experts, slots] = "
+            f"{(*rows, inputs.slots)} and a load of shape [*groups, choices] = {load}, got "
+            f"{assignment.index.shape} and {assignment.load.shape}. "
             "`first_come_first_served` makes such an index, `inputs.pad_noop_load` such a load."
-        )
-
-
-def _check_predictor(logits: ExpertLogits | None, expected: tuple[int, ...]) -> None:
-    # One logit for several experts would broadcast in the loss without an error.
-    if logits is not None and logits.shape != expected:
-        raise ValueError(
-            f"`predictor` must return one logit per expert, {expected}, got {logits.shape}. Use "
-            "`Predictor(dim, num_experts, key=key)`."
-        )
-
-
-def _check_weights(gate: AbstractGate, weights: ExpertLogits, expected: tuple[int, ...]) -> None:
-    if weights.shape != expected:
-        raise ValueError(
-            f"`gate`, {type(gate).__name__}, must return one weight per token and expert, "
-            f"{expected}, without the no-ops, got {weights.shape}. Cut the logits to "
-            "`selected.shape[-1]` experts."
         )

@@ -1,8 +1,4 @@
-"""The interface of selectors: the static-shape rules that assign tokens to slots.
-
-A selector turns `RoutingInputs` (all that the router knows) into an `Assignment` (the token in each
-slot). The number of slots is a Python integer; the tokens in them are data.
-"""
+"""The interface of selectors: from `RoutingInputs` to an `Assignment` of tokens to slots."""
 
 import abc
 from typing import TYPE_CHECKING, ClassVar
@@ -28,12 +24,9 @@ class RoutingInputs(eqx.Module):
 
     **Attributes:**
 
-    - `scores`: `[*groups, tokens, choices]`, what is compared: the gate's scores of the logits with
-        the selection bias added.
-    - `logits`: `[*groups, tokens, choices]`, the router's raw output.
-    - `predictor`: `[*groups, tokens, experts]`, the predictor's logits, or `None`.
+    - `scores`: `[*groups, tokens, choices]`, what is compared, from `Router.scores`.
+    - `logits`, `predictor`, `valid`: as in `Routing`.
     - `threshold`: `[experts]`, the router's running quantile of its scores.
-    - `valid`: `[*groups, tokens]`, false for padding.
     - `free`: `[*groups, experts]`, slots that earlier tokens of the sequence left free; `None` for
         whole sequences, in which all `slots` are free.
     - `slots`: slots of each expert in the assignment, a Python integer.
@@ -94,8 +87,6 @@ def first_come_first_served(
 ) -> SlotIndex:
     """Fills the slots of each expert with the tokens that requested it, in time order.
 
-    No token loses its slot to a later one.
-
     **Arguments:**
 
     - `requested`: `[*groups, tokens, experts]`, true where a token wants an expert.
@@ -125,9 +116,8 @@ def first_come_first_served(
 class AbstractTokenSelector(AbstractSelector):
     """A rule under which each token requests its own choices and is served in time order.
 
-    The slots of a token depend on the token itself and, where an expert has none left, on earlier
-    tokens. So the rule is causal, and it can decode token by token. A rule of your own implements
-    `requested_mask` and has a `max_capacity`.
+    The slots of a token depend on itself and on earlier tokens alone: the rule is causal, and it
+    decodes token by token. A rule of your own implements `requested_mask` and has a `max_capacity`.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> class Positive(mode.AbstractTokenSelector):
@@ -147,8 +137,7 @@ class AbstractTokenSelector(AbstractSelector):
     def requested_mask(self, inputs: RoutingInputs) -> Bool[Array, "*groups tokens choices"]:
         """Returns the choices that each token requests, given its own scores alone.
 
-        Requests of padding are cleared later. Choices after the experts are no-ops and may be
-        left out.
+        Requests of padding are cleared later. The no-ops, which are last, may be left out.
         """
 
     def __call__(self, inputs: RoutingInputs, *, key: Key = None) -> Assignment:

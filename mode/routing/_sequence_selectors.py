@@ -15,9 +15,12 @@ from ._selector import AbstractSelector, Assignment, RoutingInputs, first_come_f
 def _top_k_indices(scores: ExpertLogits, inputs: RoutingInputs) -> SlotIndex:
     """Returns the `slots` best tokens of each expert in time order; ties go to the earlier token.
 
-    Tokens that score minus infinity, padding among them, leave their slot empty.
+    A token that scores minus infinity leaves its slot empty. NaN comes after every number, whatever
+    its sign, by which `jax.lax.top_k` would order it.
     """
-    eligible = jnp.where(inputs.valid[..., None], jax.lax.stop_gradient(scores), -jnp.inf)
+    scores = jax.lax.stop_gradient(scores)
+    ranked = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).min, scores)
+    eligible = jnp.where(inputs.valid[..., None], ranked, -jnp.inf)
     best, index = jax.lax.top_k(jnp.swapaxes(eligible, -1, -2), inputs.slots)
     index = jnp.where(best == -jnp.inf, inputs.num_tokens, index)
     return jnp.sort(index.astype(jnp.int32), axis=-1)
@@ -32,9 +35,9 @@ def _without_drops(index: SlotIndex, inputs: RoutingInputs) -> Assignment:
 class ExpertChoice(AbstractSelector):
     """Each expert selects its best tokens, as many as it has slots.
 
-    A token may be selected by several experts or by none. The rule is **not causal**: whether a
-    token is selected depends on later tokens. Train with it; evaluate and generate with
-    `make_causal(model)`. No-op experts select nothing; they only lower the others' probability.
+    The rule is **not causal**: whether a token is selected depends on later tokens. Train with it;
+    evaluate and generate with `make_causal(model)`. A token may be selected by several experts or
+    by none. No-op experts select nothing; they only lower the others' probability.
 
     *Source:* arXiv:2202.09368, section 3; arXiv:2404.02258, section 3.3 and equation 1.
     """
@@ -48,9 +51,9 @@ class ExpertChoice(AbstractSelector):
 
 
 class RandomChoice(AbstractSelector):
-    """Each expert selects tokens by Gaussian noise: the paper's control. Needs a `key`.
+    """Each expert selects tokens by Gaussian noise, whatever they contain: the paper's control.
 
-    Every slot is filled. The content of the tokens plays no part, so nothing leaks from the future.
+    Every slot is filled.
 
     **Raises:** `ValueError` at the call, without a `key`.
 
@@ -77,17 +80,17 @@ class Strided(AbstractSelector):
     $\lfloor (r C + p) / n \rfloor$ increases, with $C$ slots and the phase
     $p = \lfloor e n / E \rfloor$: exactly $\min(C, n)$ tokens, and other ones for each expert.
 
-    **Raises:** `ValueError` at the call, for tokens * slots of 2**31 or more.
+    **Raises:** `ValueError` at the call, for tokens * (slots + 1) of 2**31 or more.
     """
 
     is_causal: ClassVar[bool] = True
     max_capacity: ClassVar[Capacity | None] = None
 
     def __call__(self, inputs: RoutingInputs, *, key: Key = None) -> Assignment:
-        if inputs.num_tokens * inputs.slots >= 2**31:
+        if inputs.num_tokens * (inputs.slots + 1) >= 2**31:
             raise ValueError(
-                "`Strided` counts in 32-bit integers: tokens * slots must be below 2**31, got "
-                f"{inputs.num_tokens} * {inputs.slots}. Use shorter groups or fewer slots."
+                "`Strided` counts in 32-bit integers: tokens * (slots + 1) must be below 2**31, "
+                f"got {inputs.num_tokens} * {inputs.slots + 1}. Use shorter groups or fewer slots."
             )
         rank = jnp.cumsum(inputs.valid, axis=-1, dtype=jnp.int32)[..., None]
         total = jnp.maximum(rank[..., -1:, :], 1)
@@ -104,11 +107,7 @@ class Replay(AbstractSelector):
 
     The weights are still the router's own.
 
-    **Arguments:**
-
-    - `routing`: the record to repeat, of the same groups, tokens and experts.
-
-    **Raises:** `ValueError` at the call, if the record has another shape.
+    **Raises:** `ValueError` at the call, if `routing` has other groups, tokens or experts.
     """
 
     index: SlotIndex

@@ -1,5 +1,6 @@
-"""The update of router state, thresholds and biases, after a training step."""
+"""The update of router state after a training step."""
 
+import math
 import numbers
 
 import equinox as eqx
@@ -9,9 +10,8 @@ from jaxtyping import PyTree
 
 from .._types import Scalar
 from ._quantile import score_quantile
-from ._record import Routing, Routings
+from ._record import RouterState, Routing, Routings
 from ._router import Router
-from ._router_state import RouterState
 from ._surgery import map_router_routings, map_routers
 from ._token_selectors import TokenChoice
 
@@ -27,8 +27,8 @@ def update_router_state(
 
     Thresholds move towards the score $q$ that separates the best of all real tokens of the step, a
     fraction `capacity`, from the rest: $t \leftarrow t + \max(\rho, 1/(n+1)) (q - t)$ after $n$
-    updates. This is a plain mean at first and an exponential average later. Biases, of routers with
-    a `TokenChoice` selector, move by $u \, \text{sign}(\bar L - L_c)$, where $L_c$ is the number of
+    updates, at first a plain mean and later an exponential average. Biases, of routers with a
+    `TokenChoice` selector, move by $u \, \text{sign}(\bar L - L_c)$, where $L_c$ is the number of
     assignments that requested choice $c$ and $\bar L$ its mean over the choices.
 
     **Arguments:**
@@ -39,7 +39,9 @@ def update_router_state(
 
     **Returns:** a copy of `model` with new router state. All other leaves are the same arrays.
 
-    **Raises:** `ValueError` as `map_router_routings`, and for a rate outside [0, 1].
+    **Raises:** `ValueError` as `map_router_routings`; for a rate outside [0, 1]; for state that was
+    cast below float32, in which small steps round to none; for a step of fewer than `1 / capacity`
+    tokens, none of which could be among the best. (Where so few are real, thresholds stay.)
 
     >>> import jax, jax.numpy as jnp, mode
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
@@ -52,29 +54,43 @@ def update_router_state(
     balanced like the others.
     """
     for name, rate in (("quantile_rate", quantile_rate), ("bias_rate", bias_rate)):
-        # The value of a schedule is not known yet.
+        # The value of a traced schedule is not known.
         if isinstance(rate, numbers.Real) and not 0 <= rate <= 1:
             raise ValueError(f"`{name}` must be between 0 and 1, got {rate}.")
 
-    def updated(router: Router, routing: Routing) -> RouterState:
+    def update(router: Router, routing: Routing) -> RouterState:
         state, routing = router.state, jax.lax.stop_gradient(routing)
+        least = math.ceil(1 / router.capacity)
+        _check_update(router, routing, least)
         old = state.threshold.astype(jnp.float32)
         scores = router.scores(routing.logits)[..., : router.num_experts].astype(jnp.float32)
         target = score_quantile(scores, routing.valid, float(router.capacity))
         rate = jnp.maximum(quantile_rate, 1 / (state.updates.astype(jnp.float32) + 1))
         # Scores are infinite under an infinite bias: there is nothing to learn from them.
-        known = jnp.any(routing.valid) & jnp.isfinite(target)
+        known = (jnp.sum(routing.valid) >= least) & jnp.isfinite(target)
         threshold = jnp.where(known, old + rate * (target - old), old)
         bias = state.bias
         if isinstance(router.select, TokenChoice):
             load = jnp.sum(routing.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
             moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(jnp.mean(load) - load)
             bias = moved.astype(bias.dtype)
-        return RouterState(
-            bias,
-            threshold.astype(state.threshold.dtype),
-            state.updates + jnp.any(known).astype(state.updates.dtype),
-        )
+        updates = state.updates + jnp.any(known).astype(state.updates.dtype)
+        return RouterState(bias, threshold.astype(state.threshold.dtype), updates)
 
-    states = iter(map_router_routings(updated, model, routings))
+    states = iter(map_router_routings(update, model, routings))
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
+
+
+def _check_update(router: Router, routing: Routing, least: int) -> None:
+    dtype = router.state.threshold.dtype
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"router state must be float32, got {dtype}, in which a running mean sticks. Cast "
+            "parameters alone, those that `is_trainable(model)` marks."
+        )
+    if not isinstance(router.select, TokenChoice) and routing.valid.size < least:
+        raise ValueError(
+            f"`routings` must be of at least {least} tokens where the capacity is "
+            f"{float(router.capacity):.4g}, got {routing.valid.size}: the best fraction of fewer "
+            "has no threshold. Use more tokens in a step, or update with several steps' at once."
+        )

@@ -1,4 +1,4 @@
-"""All routers of a model at once: finding them, changing them, pairing them with their routings."""
+"""All routers of a model at once."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._capacity import Capacity, exact_fraction
 from .._dtypes import is_shaped
-from ._record import Routing
+from ._record import RouterState, Routing
 from ._router import Router
-from ._router_state import RouterState
 
 
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ def _is_router(node: PyTree) -> bool:
 def routers(model: PyTree) -> list[Router]:
     """Lists every router in `model`, in the order in which their routings are returned.
 
-    Routers of layers that are scanned over are one router with stacked leaves.
+    The routers of stacked layers are one router with stacked leaves.
     """
     return [node for node in jax.tree.leaves(model, is_leaf=_is_router) if _is_router(node)]
 
@@ -42,11 +42,44 @@ def map_routers(function: Callable[[Router], Router], model: PyTree) -> PyTree:
     )
 
 
+def with_capacity(model: PyTree, capacity: Capacity) -> PyTree:
+    """Changes the capacity of every router of `model`.
+
+    The capacity is no array, so neither `equinox.tree_at` nor a file of arrays changes it. Running
+    thresholds belong to the old one: the next `update_router_state` starts them anew. Works on a
+    training state too, whose optimizer moments have the structure of the model.
+
+    **Arguments:**
+
+    - `capacity`: as `Router` takes it. For experts, slots per token of each expert.
+
+    **Returns:** a copy. Its programs compile anew, as its tensors have other sizes.
+
+    **Raises:** `ValueError` for a capacity that is not finite and positive.
+
+    >>> import jax, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> float(mode.routers(mode.with_capacity(model, 0.5))[0].capacity)
+    0.5
+    """
+    exact = exact_fraction("capacity", capacity)
+
+    def change(router: Router) -> Router:
+        if router.state.updates is not None:  # it is in a tree of moments
+            router = eqx.tree_at(lambda r: r.state.updates, router, replace_fn=jnp.zeros_like)
+        leaves, structure = jax.tree.flatten(router)
+        router = jax.tree.unflatten(structure, leaves)  # a copy, not yet seen by anybody
+        object.__setattr__(router, "capacity", exact)
+        return router
+
+    return map_routers(change, model)
+
+
 def is_trainable(model: PyTree) -> PyTree[bool]:
     """Makes a filter for `eqx.partition`: true for parameters, false for router state and the rest.
 
-    With `eqx.is_inexact_array` alone, weight decay would pull thresholds and biases to 0. The
-    filter of a model's shapes (`eqx.filter_eval_shape`) is the same.
+    With `eqx.is_inexact_array`, weight decay would pull thresholds and biases to 0. `model` may be
+    one of shapes (`eqx.filter_eval_shape`).
 
     >>> import equinox as eqx, jax, mode
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
@@ -62,13 +95,27 @@ def is_trainable(model: PyTree) -> PyTree[bool]:
     return jax.tree.map(decide, model, is_leaf=lambda node: isinstance(node, RouterState))
 
 
+def outer_axes(routing: Routing, layers: int) -> int:
+    """Returns how many axes were put before the `layers` axes of stacked layers."""
+    return routing.valid.ndim - 1 - routing.group_axes - layers
+
+
+def _layers_first(routing: Routing, layers: int) -> Routing:
+    outer = outer_axes(routing, layers)
+    if outer <= 0:
+        return routing
+    axes = tuple(range(layers))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, [outer + a for a in axes], axes), routing)
+
+
 def map_router_routings(
     function: Callable[[Router, Routing], Result], model: PyTree, routings: Sequence[Routing]
 ) -> list[Result]:
     """Applies `function(router, routing)` to every router of `model` and the routing it returned.
 
-    Where layers are stacked for a scan, `function` gets one layer at a time, and its results are
-    stacked again. `routings` is the tuple that the model's call returned, one routing per router.
+    `routings` is the tuple that the model's call returned, one routing per router. Of stacked
+    layers `function` gets one at a time, and its results are stacked again. Further leading axes,
+    of `jax.vmap(model)` or of micro-batches that were scanned over, become axes of groups.
 
     **Raises:** `ValueError` if the routings cannot be those of the model's routers.
     """
@@ -86,6 +133,7 @@ def map_router_routings(
     results = []
     for router, routing in zip(own, routings, strict=True):
         layers = router.state.layers
+        routing = _layers_first(routing, len(layers))
         expected = (layers, router.num_experts, router.state.bias.shape[-1])
         got = (routing.index.shape[: len(layers)], routing.num_experts, routing.logits.shape[-1])
         if expected != got:

@@ -51,8 +51,7 @@ class AbstractThreshold(AbstractTokenSelector):
 class QuantileThreshold(AbstractThreshold):
     """Selects a token if its score is above the running quantile of `update_router_state`.
 
-    It needs no predictor and no loss. With a softmax gate the score is the logarithm of the
-    probability, as that is what `ExpertChoice` compares. Argument as in `AbstractThreshold`.
+    It needs no predictor and no loss. Argument as in `AbstractThreshold`.
 
     *Source:* Expert Threshold routing, arXiv:2603.11535. *Relative to the paper:* applied to
     Mixture-of-Depths too.
@@ -66,7 +65,7 @@ class QuantileThreshold(AbstractThreshold):
 class PredictorThreshold(AbstractThreshold):
     """Selects a token if its predictor's logit is positive, so that the sigmoid is above a half.
 
-    The weight is still the router's. Argument as in `AbstractThreshold`.
+    Argument as in `AbstractThreshold`.
 
     **Raises:** `ValueError` at the call, for a router without a predictor.
 
@@ -101,7 +100,7 @@ class TokenChoice(AbstractTokenSelector):
     A request is dropped where the expert has no slot left. Tokens are served *token-major*: all
     choices of a token come before any choice of the next one. The usual order, every first choice
     before any second choice, lets a later token evict an earlier one and so leaks the future. A
-    no-op counts as one of the `k` choices, has no slots to run out of, and costs nothing.
+    no-op is one of the `k` choices, never runs out of slots, and costs nothing.
 
     **Arguments:**
 
@@ -125,6 +124,7 @@ class TokenChoice(AbstractTokenSelector):
                 "`k` of `TokenChoice` must be at most the number of choices (experts and no-op "
                 f"experts), {choices}, got {self.k}. Lower `k` or add experts."
             )
-        best, chosen = jax.lax.top_k(jax.lax.stop_gradient(inputs.scores), self.k)
+        scores = jnp.where(jnp.isnan(inputs.scores), -jnp.inf, inputs.scores)  # NaN is no choice
+        best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), self.k)
         wanted = jax.nn.one_hot(chosen, choices, dtype=bool) & (best > -jnp.inf)[..., None]
         return jnp.any(wanted, axis=-2)

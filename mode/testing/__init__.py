@@ -1,16 +1,16 @@
 """Assertions for what you composed: a layer, a stack of layers, a whole model.
 
-Every assertion takes your model and your own inputs, `x` and `info`, padding and packing included:
+Every assertion takes your model and your own inputs, padding and packing included. It calls
+`model(x, info, key=key)`, which returns `(output, routings)`, as all layers and models here do:
 
-- `x`: hidden states, `[*groups, tokens, dim]`, or token ids of at least two kinds, `[*groups,
-  tokens]`;
+- `x`: hidden states, `[*groups, tokens, dim]`, or `[*groups, tokens]`, token ids of two kinds or
+  more;
 - `info`: a `TokenInfo` of the same groups and tokens; `None` for sequences without padding;
 - `key`: passed to the model; a fixed key by default.
 
-The model is called as `model(x, info, key=key)` and returns `(output, routings)`, as every layer
-and model of this library does. Outputs of padding are not compared. An assertion raises
-`AssertionError` with what differs and where, and `ValueError` for arguments with which it would
-check nothing. `mode.aot` goes further: it compiles a program for a TPU or a GPU, on any machine.
+It raises `AssertionError` with what differs and where, and `ValueError` for arguments with which it
+would check nothing. Outputs of padding are not compared. `mode.aot` goes further: it compiles a
+program for a TPU or a GPU, on any machine.
 
 >>> import jax, jax.numpy as jnp, mode
 >>> block = mode.TransformerBlock(32, num_heads=4, key=jax.random.key(0))

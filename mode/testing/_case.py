@@ -12,10 +12,9 @@ from jaxtyping import Array, PRNGKeyArray
 from .._checks import can_be_called, type_name
 from .._token_info import TokenInfo
 from .._types import Key
-from ..routing import Router, Routing, routers
+from ..routing import Router, Routing, Routings, routers
 
 
-Routings = tuple[Routing, ...]
 Model = Callable[..., tuple[Array, Routings]]
 Info = TokenInfo | None
 Shaped = Array | jax.ShapeDtypeStruct
@@ -29,12 +28,12 @@ class Case:
         if isinstance(model, type) or not can_be_called(model, None, None, key=None):
             raise ValueError(
                 f"`model` must be called as `model(x, info, key=key)`, got {type_name(model)}, "
-                "which cannot be called so. Give its `__call__` the arguments `(self, x, "
-                "info=None, *, key=None)`, or pass a function with these that calls it."
+                "which cannot be called so. Let its `__call__` take `(self, x, info=None, *, "
+                "key=None)`, or pass a function that does."
             )
         dtype = getattr(x, "dtype", None)
-        kinds = (jnp.integer, jnp.floating)
-        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        self.has_ids = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+        if dtype is None or not (self.has_ids or jnp.issubdtype(dtype, jnp.floating)):
             raise ValueError(
                 "`x` must be an array of hidden states, [*groups, tokens, dim], or of token ids, "
                 f"[*groups, tokens], got {type_name(x) if dtype is None else f'the dtype {dtype}'}."
@@ -42,7 +41,6 @@ class Case:
         self.model, self.info = model, info
         self.x: Any = x
         self.key = jax.random.key(0) if key is None else key
-        self.has_ids = bool(jnp.issubdtype(dtype, jnp.integer))
         self.shape: tuple[int, ...] = x.shape if self.has_ids else x.shape[:-1]
         if not self.shape or 0 in self.shape:
             raise ValueError(
@@ -107,17 +105,13 @@ class Case:
 def call_model(model: Model, x: Array, info: Info, key: PRNGKeyArray) -> tuple[Array, Routings]:
     """Calls a model and checks the kind of what it returns."""
     result = model(x, info, key=key)
-    routings = result[1] if isinstance(result, tuple) and len(result) == 2 else None
-    if routings is None or not eqx.is_array(result[0]):
-        raise ValueError(
-            f"`model` must return (output, routings), an array and a tuple, got {_kind(result)} "
-            f"from {type_name(model)}. A model that routes nothing returns `()` for the routings."
-        )
+    is_pair = isinstance(result, tuple) and len(result) == 2 and eqx.is_array(result[0])
+    routings = result[1] if is_pair else None
     if not (isinstance(routings, tuple) and all(isinstance(r, Routing) for r in routings)):
         raise ValueError(
-            "`model` must return (output, routings) with a tuple of `Routing`, one for each "
-            f"router, got {_kind(routings)} from {type_name(model)}. Add up the tuples that its "
-            "layers return."
+            "`model` must return (output, routings), an array with a tuple of `Routing`, one for "
+            f"each router, got {_kind(routings if is_pair else result)} from {type_name(model)}. "
+            "Add up the tuples that its layers return; without a router, return `()`."
         )
     return result
 

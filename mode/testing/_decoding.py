@@ -12,9 +12,12 @@ from ..models import Transformer
 from ._case import Case
 
 
+Tokens = Int[Array, "batch tokens"]
+
+
 def assert_decodes(
     model: Transformer,
-    tokens: Int[Array, "batch tokens"],
+    tokens: Tokens,
     lengths: Sequences | None = None,
     *,
     tolerance: float | None = None,
@@ -32,10 +35,8 @@ def assert_decodes(
     - `tolerance`: of the logits, relative to the largest; by default 1e-4, or 0.1 for a model with
         narrower dtypes than float32, whose rounding may turn a router's choice between two equals.
     """
-    _check_arguments(model, tokens, lengths)
-    batch, total = tokens.shape
-    if lengths is None:
-        lengths = jnp.asarray(1 + (np.arange(batch) * 5) % (total // 2), jnp.int32)
+    lengths = _checked_lengths(model, tokens, lengths)
+    total, longest = tokens.shape[1], int(lengths.max())
     expected = np.asarray(Case(model, tokens, None, None).run()[0])
     if np.isnan(expected).any():
         raise AssertionError(
@@ -56,13 +57,13 @@ def assert_decodes(
                 "earlier tokens in the cache as with all tokens at once."
             )
 
-    longest = int(lengths.max())
     last = np.asarray(lengths)[:, None] - 1
     later = last + np.arange(1, total - longest + 1)
     new = jnp.take_along_axis(tokens, jnp.asarray(later), 1)
     # Twice, because a step writes on in the caches of the state that it is given.
-    state, _ = prefill(model, tokens[:, :longest], lengths, max_tokens=total)
-    prompt, _ = prefill(model, tokens[:, :longest], lengths, max_tokens=total)
+    state, prompt = (
+        prefill(model, tokens[:, :longest], lengths, max_tokens=total)[0] for _ in range(2)
+    )
     check(state.logits[:, None], last, "the prompt")
     for step in range(1, total - longest + 1):
         state, _ = decode_step(model, state, new[:, step - 1])
@@ -72,9 +73,8 @@ def assert_decodes(
         check(logits, later, f"{total - longest} tokens at once by `decode_tokens`")
 
 
-def _check_arguments(
-    model: Transformer, tokens: Int[Array, "batch tokens"], lengths: Sequences | None
-) -> None:
+def _checked_lengths(model: Transformer, tokens: Tokens, lengths: Sequences | None) -> Sequences:
+    """Checks all arguments and returns the lengths of the prompts."""
     if not isinstance(model, Transformer):
         raise ValueError(
             f"`model` must be a `Transformer`, which decodes, got {type_name(model)}. Build a "
@@ -88,10 +88,11 @@ def _check_arguments(
             f"{getattr(tokens, 'shape', ())}."
         )
     batch, total = tokens.shape
-    if lengths is not None and (
-        lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > total
-    ):
+    if lengths is None:
+        return jnp.asarray(1 + (np.arange(batch) * 5) % (total // 2), jnp.int32)
+    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > total:
         raise ValueError(
             f"`lengths` must have {batch} prompts' lengths from 1 to {total}, got "
             f"{np.asarray(lengths).tolist()}."
         )
+    return lengths

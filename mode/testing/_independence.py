@@ -18,8 +18,8 @@ def assert_causal(model: Model, x: Array, info: Info = None, *, key: Key = None)
     """Asserts that changing later tokens changes no earlier output, bit for bit.
 
     `make_causal(model)` passes. A model whose selector sees the whole sequence, as in training,
-    fails. Four cuts are tried: every token from a quarter, a half, three quarters of the longest
-    sequence on is replaced, and then the last token alone.
+    fails. Tokens are replaced from a quarter, a half and three quarters of the longest sequence on,
+    and then the last one alone.
     """
     case = Case(model, x, info, key)
     valid = case.valid()
@@ -62,8 +62,8 @@ def assert_batch_independent(model: Model, x: Array, info: Info = None, *, key: 
     """Asserts that the output of a sequence does not depend on the rest of its batch, bit for bit.
 
     The first axis of `x` is the batch, of at least 2. All sequences but the first, and then all but
-    the last, are replaced. Also, `jax.vmap` over the batch must route as the batch itself does;
-    this does not hold for `RandomChoice`, whose draws depend on the shape.
+    the last, are replaced. Also, `jax.vmap` over the batch must give what the batch does; it does
+    not for `RandomChoice`, whose draws depend on the shape.
     """
     case = Case(model, x, info, key)
     valid = case.valid()
@@ -84,9 +84,8 @@ def assert_batch_independent(model: Model, x: Array, info: Info = None, *, key: 
                 raise AssertionError(
                     f"changing all other sequences of a batch changed the output of sequence {row}."
                 )
-    mapped, mapped_routings = eqx.filter_jit(
-        lambda model, *args: jax.vmap(lambda x, info: call_model(model, x, info, case.key))(*args)
-    )(model, x, info)
+    over_batch = eqx.filter_jit(eqx.filter_vmap(call_model, in_axes=(None, 0, 0, None)))
+    mapped, mapped_routings = over_batch(model, x, info, case.key)
     tolerance = 1e-4 if jnp.finfo(together.dtype).bits >= 32 else 3e-2
     outputs = (np.asarray(out, np.float32)[valid] for out in (mapped, together))
     chex.assert_trees_all_close(*outputs, rtol=tolerance, atol=tolerance)
@@ -98,10 +97,9 @@ def assert_batch_independent(model: Model, x: Array, info: Info = None, *, key: 
 def assert_no_retrace(model: Model, x: Array, info: Info = None, *, key: Key = None) -> None:
     """Asserts that one compiled program serves every routing and every step.
 
-    The model is called three times, with inputs that route differently and with the router state
-    that `update_router_state` returns, and must be traced once. A model fails if it decides in
-    Python by the value of an array, or if its shapes depend on something outside its arguments,
-    such as a counter of its calls.
+    Three calls, with inputs that route differently and the router state that
+    `update_router_state` returns, must be traced once. A model fails if it decides in Python by the
+    value of an array, or if its shapes depend on something else than its arguments.
     """
     case = Case(model, x, info, key)
     traces = 0
@@ -114,10 +112,9 @@ def assert_no_retrace(model: Model, x: Array, info: Info = None, *, key: Key = N
         return output, routings, update_router_state(model, routings)
 
     updated, results = model, []
-    keys = jax.random.split(case.key, 3)
     inputs = (x, case.other_inputs(1), case.other_inputs(2))
     try:
-        for step_input, step_key in zip(inputs, keys, strict=True):
+        for step_input, step_key in zip(inputs, jax.random.split(case.key, 3), strict=True):
             *results, updated = call(updated, step_input, info, step_key)
     except jax.errors.ConcretizationTypeError as error:
         raise AssertionError(f"the model reads the value of an array in Python: {error}") from error

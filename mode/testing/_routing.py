@@ -48,17 +48,17 @@ def assert_exact_capacity(model: Model, x: Array, info: Info = None, *, key: Key
     _check_routed(model)
     for router, routing in case.pair_routers(case.run()[1]):
         slots = token_capacity(routing.num_tokens, router.capacity)
-        if routing.index.shape[-1] != slots:
-            raise AssertionError(
-                f"an expert has {routing.index.shape[-1]} slots, but its capacity of "
-                f"{routing.num_tokens} tokens is {slots}."
-            )
         filled, index = np.asarray(routing.filled), np.asarray(routing.index)
+        if index.shape[-1] != slots:
+            raise AssertionError(
+                f"an expert has {index.shape[-1]} slots, but its capacity of {routing.num_tokens} "
+                f"tokens is {slots}."
+            )
         real = np.asarray(routing.valid).sum(axis=-1)[..., None]
         empty = int((np.minimum(real, slots) - filled.sum(axis=-1)).clip(0).sum())
         if empty:
             raise AssertionError(
-                f"{empty} slots are empty that a token could fill. `TokenChoice` and the "
+                f"{empty} slots are empty that a token could fill, as `TokenChoice` and the "
                 "thresholds may leave some: this is for selectors that fill their slots."
             )
         if not np.all((np.diff(index, axis=-1) > 0) | ~filled[..., 1:]):

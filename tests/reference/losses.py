@@ -83,12 +83,13 @@ def running_quantile(
 
     The idea of Expert Threshold routing (arXiv:2603.11535). The valid tokens of all groups are
     pooled; `old` is `[experts]`, `scores` `[..., tokens, experts]`, `count` the earlier updates.
-    A batch without a valid token changes nothing, nor does an infinite score at the cut.
+    A batch of fewer than 1 / capacity valid tokens, none of which could be among the best, changes
+    nothing, nor does an infinite score at the cut.
     """
     pooled = as_float64(scores)[valid]
     n = len(pooled)
     new = as_float64(old).copy()
-    if n == 0:
+    if n == 0 or n * simplest_fraction(capacity) < 1:
         return new
     k = max(1, min(n, round(simplest_fraction(capacity) * n)))
     for expert in range(len(new)):

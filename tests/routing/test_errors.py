@@ -111,7 +111,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "strided beyond 32 bits": (
         lambda: route(plain_router(select=mode.Strided(), capacity=1), 2**16),
-        r"`Strided` counts in 32-bit integers: .* got 65536 \* 65536",
+        r"`Strided` counts in 32-bit integers: .* got 65536 \* 65537",
     ),
     "a pair without a gradient": (
         lambda: plain_router(

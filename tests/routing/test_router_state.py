@@ -1,5 +1,6 @@
 """Router state: `update_router_state` moves it as the oracle does, and nothing else moves it."""
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -158,10 +159,10 @@ def steps(router: mode.Router, x: Array, count: int, **rates: float) -> mode.Rou
 
 @pytest.mark.parametrize("capacity", [0.25, 0.95])
 def test_a_tiny_step_does_not_drown_the_quantile(capacity: float) -> None:
-    """A step of one token is one step: forgotten as fast as any other."""
+    """A step of the fewest tokens is one step: forgotten as fast as any other."""
     x, info = hidden_states(30, 8, 32, DIM), mode.TokenInfo.plain((8, 32))
     router = steps(fresh(num_experts=1, predictor=None, capacity=capacity), x, 20)
-    tiny = steps(router, x[:1, :1], 1)
+    tiny = steps(router, x[:1, : math.ceil(1 / capacity)], 1)
     moved = jnp.abs(tiny.state.threshold - router.state.threshold)
     assert (moved <= 0.05 * jnp.abs(router(x, info).logits).max()).all()
     routing = mode.make_causal(steps(tiny, x, 20))(x, info)
@@ -201,15 +202,61 @@ def test_a_rate_may_be_a_schedule() -> None:
     assert_close(jax.jit(update)(jnp.asarray(0.7)), update(0.7))
 
 
-def test_narrow_state_stays_narrow() -> None:
-    """A model cast as a whole keeps its structure from step to step, as a scan needs."""
-    router = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf,
-        make_router(35),
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_state_below_float32_is_refused(dtype: Any) -> None:
+    """A mean that moves by 0.03 of what is missing sticks at 1.0 where 0.95 was meant."""
+    router = make_router(35)
+    cast = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, router
     )
-    moved = steps(router, hidden_states(36, 8, DIM).astype(jnp.bfloat16), 1)
-    assert moved.state.threshold.dtype == moved.state.bias.dtype == jnp.bfloat16
-    assert jax.tree.structure(moved) == jax.tree.structure(router)
+    x = hidden_states(36, 8, DIM).astype(dtype)
+    with pytest.raises(ValueError, match=r"router state must be float32, got .*float16"):
+        steps(cast, x, 1)
+    trains = mode.is_trainable(router)
+    cast = jax.tree.map(
+        lambda leaf, is_parameter: leaf.astype(dtype) if is_parameter else leaf, router, trains
+    )
+    assert steps(cast, x, 1).state.threshold.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capacity"), [(1, 0.125), (2, 0.125), (4, 0.125), (7, 0.125), (1, 0.5), (15, 1 / 16)]
+)
+def test_a_step_of_too_few_tokens_is_refused(tokens: int, capacity: float) -> None:
+    """Of fewer than 1 / capacity tokens the best is far from the quantile, at any number of steps.
+
+    Other inputs of the kind: padding (below), groups, layers that are scanned over (a step counts
+    the tokens of one layer), `TokenChoice`, which needs no threshold.
+    """
+    router, x = fresh(num_experts=1, predictor=None, capacity=capacity), hidden_states(30, 20, DIM)
+    with pytest.raises(ValueError, match="`routings` must be of at least"):
+        steps(router, x[:tokens], 1)
+    chooses = fresh(num_noop=1, select=mode.TokenChoice(1), gate=mode.SoftmaxGate())
+    assert steps(chooses, x[:1], 1).state.updates.tolist() == 0
+
+
+@pytest.mark.parametrize(("tokens", "capacity"), [(8, 0.125), (10, 0.125), (4, 0.25), (20, 0.0625)])
+def test_the_quantile_of_few_tokens_is_right(tokens: int, capacity: float) -> None:
+    """After 400 steps of so few, the part of new scores above the threshold is the capacity."""
+    router = fresh(num_experts=1, predictor=None, capacity=capacity)
+    x = jax.random.normal(jax.random.key(1), (400, tokens, DIM))
+    last, _ = jax.lax.scan(lambda r, rows: (step(r, rows, {}), None), router, x)
+    assert last.state.updates == 400
+    scores = last(jax.random.normal(jax.random.key(2), (4096, DIM)), mode.TokenInfo.plain((4096,)))
+    above = jnp.mean(scores.logits > last.state.threshold[0])
+    assert abs(above - capacity) < 0.06  # it was 0.25 to 0.54 of too few
+
+
+def test_steps_of_too_few_real_tokens_change_nothing() -> None:
+    """Seven real tokens of twelve, at a capacity of an eighth."""
+    router = steps(
+        fresh(num_experts=1, predictor=None, capacity=0.125), hidden_states(3, 12, DIM), 1
+    )
+    for real, moves in ((7, False), (8, True)):
+        routing = router(hidden_states(4, 1, 12, DIM), padded_info(real, tokens=12))
+        moved = mode.update_router_state(router, (routing,)).state
+        assert bool(moved.threshold != router.state.threshold) == moves
+        assert moved.updates - router.state.updates == int(moves)
 
 
 def test_state_counts_no_padding() -> None:

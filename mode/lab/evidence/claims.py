@@ -14,7 +14,7 @@ from rich.console import Console
 from ..console import say
 from ..files import write_text
 from ..folder import read_settings
-from ..tables import to_console, to_markdown
+from ..tables import prose, to_console, to_markdown
 from .frame import PAIR, Interval, Runs, to_frame
 from .records import Store, SweepSettings
 
@@ -25,16 +25,11 @@ UNRESOLVED: Verdict = "not resolved at this scale"
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: some values lie between two bounds.
+    """A claim of arXiv:2404.02258, in our words: some values lie between `low` and `high`.
 
-    **Attributes:**
-
-    - `source`: section or figure of arXiv:2404.02258.
-    - `statement`: the claim in our words.
-    - `values`: indexed by budget and seed, by what they are; all must lie between the bounds. NaN
-        is a fit that has no lowest point, infinity one that is never low enough.
-    - `spec`, `unit`: the format of the numbers.
-    - `low`, `high`: the bounds.
+    `values` gives them from the runs: by what they are, series indexed by budget and seed. NaN is a
+    fit that has no lowest point, infinity one that is never low enough. `spec` and `unit` are the
+    format of the numbers, `source` a section or figure of the paper.
     """
 
     source: str
@@ -46,10 +41,7 @@ class Claim:
     high: float = math.inf
 
     def test(self, runs: Runs) -> tuple[str, Verdict]:
-        """Tests the claim on the runs of a folder.
-
-        **Returns:** numbers in words, and the verdict.
-        """
+        """Tests the claim on the runs of a folder: the numbers in words, and the verdict."""
         values = {name: series for name, series in self.values(runs).items() if len(series)}
         if not values:
             return "no such runs", "not run"
@@ -145,10 +137,8 @@ def _shapes(runs: Runs) -> dict[str, pd.Series]:
 def accuracy(frame: pd.DataFrame) -> pd.Series:
     """Computes how often a causal rule agrees with top-k, as a fraction of the tokens.
 
-    **Arguments:**
-
-    - `frame`: `precision` and `recall` of the rule, and the fraction of the tokens that it selects,
-        `slots`, and that top-k selects, `slots_top_k`.
+    `frame` has the `precision` and `recall` of the rule, and the fraction of the tokens that it
+    selects, `slots`, and that top-k selects, `slots_top_k`.
     """
     both = frame["recall"] * frame["slots_top_k"]
     selected = (both / frame["precision"]).where(frame["precision"] > 0, frame["slots"])
@@ -172,10 +162,8 @@ def _accuracies(runs: Runs) -> dict[str, pd.Series]:
 
 def _gap(runs: Runs) -> dict[str, pd.Series]:
     frame = runs.at_reference("mod-predictor")
-    return {
-        "causal loss of mod-predictor above its top-k loss": 100
-        * (frame["causal"] / frame["top_k"] - 1)
-    }
+    above = 100 * (frame["causal"] / frame["top_k"] - 1)
+    return {"causal loss of mod-predictor above its top-k loss": above}
 
 
 CLAIMS = (
@@ -210,19 +198,6 @@ CLAIMS = (
     _better("3.4, 3.5", "A question: raw weights beat sigmoid weights", "mod", "mod-sigmoid"),
 )
 
-_READING = """\
-Loss is causal, held out, in bits per byte. Arms are compared at one size, where no sizes are named,
-and over sizes by the lowest points of the parabolas of `report.md`, seed by seed. Intervals in
-brackets are Student's, of confidence 0.95, for the mean of differences between runs of one seed and
-budget. A verdict is *reproduced* where the interval lies on the claim's side, *contradicted* where
-it lies on the other side, and otherwise *not resolved at this scale*.
-
-Seeds differ in parameters, data order and random routing; the text, the code and the small scale
-are the same in all of them, so no interval says anything about other texts or larger models. Runs
-of several budgets count as independent although they have their seeds in common; where budgets
-differ, read each by itself. With many claims, one in twenty such intervals misses by chance.
-"""
-
 
 def report_claims(out: Path, console: Console) -> None:
     """Tests all claims on the runs of a folder: `claims.md`, `claims.json` and a table.
@@ -237,8 +212,6 @@ def report_claims(out: Path, console: Console) -> None:
     rows = [(claim.statement, claim.source, *claim.test(runs)) for claim in CLAIMS]
     table = pd.DataFrame(rows, columns=pd.Index(["claim", "source", "numbers", "verdict"]))
     write_text(out / "claims.json", table.to_json(orient="records", indent=1) + "\n")
-    write_text(
-        out / "claims.md", f"# The paper's claims, tested\n\n{to_markdown(table)}\n\n{_READING}"
-    )
+    write_text(out / "claims.md", prose("claims", table=to_markdown(table)))
     console.print(to_console(table[["verdict", "claim", "numbers"]], title="Claims"))
     say(console, f"See {out / 'claims.md'}.")

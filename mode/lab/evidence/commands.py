@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from ..options import Count, Positive, Recipe, Size, check_options
+from ..options import Count, Data, Positive, Recipe, Size, check_options
 from .presets import PRESETS, Grid, Preset, sizes_like, sweep_arms
 
 
@@ -39,9 +39,7 @@ class Isoflop:
     """Its held-out sequences, at most."""
     base: Size = dataclasses.field(default_factory=Size)
     """Its sizes, except for features, layers and heads."""
-    data: str | None = None
-    """Files to train on, a quoted glob such as "texts/**/*.txt". By default the source of the
-    Python standard library."""
+    data: Data = None
     minutes: Positive | None = None
     """No run starts after so many minutes. The same command continues later."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -78,21 +76,17 @@ class Claims:
 def run_isoflop(options: Isoflop, console: Console) -> None:
     """Trains what is missing of a sweep, and reports.
 
-    **Raises:** `ValueError` for bad options, and where no learning rate of a size gave a result.
+    **Raises:** `ValueError` for bad options, and as `run_sweep` does.
     """
     from .sweep import run_sweep
 
     options = check_options(options)
-    run_sweep(
-        *(options.chosen(), options.recipe, options.out, options.data, options.minutes, console)
-    )
+    rest = (options.out, options.data, options.minutes, console)
+    run_sweep(options.chosen(), options.recipe, *rest)
 
 
 def run_claims(options: Claims, console: Console) -> None:
-    """Writes `claims.md` and `claims.json`, and prints the verdicts.
-
-    **Raises:** `ValueError` where the folder holds no runs, or runs that cannot be compared.
-    """
+    """Reports on the claims, as `report_claims` does."""
     from .claims import report_claims
 
     report_claims(check_options(options).out, console)

@@ -18,10 +18,8 @@ _FEWEST = 3
 class Parabola:
     """Loss as a parabola in the natural logarithm of the parameters, over the sizes of some runs.
 
-    **Attributes:**
-
-    - `optimum`: the size of lowest loss; NaN where it is not between the sizes of the runs.
-    - `lowest`: the loss there.
+    `optimum` is the size of lowest loss, `lowest` the loss there; NaN where it is not between the
+    sizes of the runs.
     """
 
     def __init__(self, runs: pd.DataFrame):
@@ -49,12 +47,8 @@ class Parabola:
         return float(np.exp(np.interp(math.log(parameters), np.log(sizes), np.log(flops))))
 
     def cost_of(self, other: "Parabola") -> float:
-        """Computes how expensive it is to be as good as the optimum of another fit.
-
-        **Returns:** the forward FLOPs at the smallest size at which this fit is as low as the other
-        optimum, divided by the forward FLOPs of that optimum. Infinite where no size is as low, NaN
-        where there is no such optimum.
-        """
+        """The forward FLOPs at the smallest size that is as low as the optimum of another fit,
+        divided by those of that optimum. Infinite where no size is as low, NaN without optimum."""
         if math.isnan(other.optimum):
             return math.nan
         size = next((size for size in self.sizes(2001) if self.at(size) <= other.lowest), None)
@@ -64,14 +58,8 @@ class Parabola:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One arm at one budget, over sizes.
-
-    **Attributes:**
-
-    - `runs`: of the seeds that have every size; of all seeds where none has.
-    - `fit`: through all of these runs.
-    - `seeds`: a fit for each seed that has every size.
-    """
+    """One arm at one budget, over sizes: its `runs`, a `fit` through all of them, and one for each
+    of the `seeds` that have every size. Runs of other seeds count only where no seed has."""
 
     arm: str
     budget: float

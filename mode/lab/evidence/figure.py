@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from ..figures import INK, PAGE, arm_colour, caption, save_figure
+from ..figures import INK, PAGE, arm_colour, save_figure
 from .curves import Curve
 
 
@@ -23,7 +23,7 @@ _CAPTION = (
 
 def plot_curves(path: Path, curves: Sequence[Curve]) -> None:
     """Draws every run as a point, and every arm and budget as a parabola."""
-    save_figure(lambda: _draw(curves), path)
+    save_figure(lambda: _draw(curves), path, text=_CAPTION)
 
 
 def _draw(curves: Sequence[Curve]) -> Figure:
@@ -49,6 +49,7 @@ def _draw(curves: Sequence[Curve]) -> Figure:
             right.plot(means.index.to_numpy() / flops, means / loss, **points)
     left.set(title="Loss against size", xscale="log", xlabel="parameters")
     left.set_ylabel("held-out loss, causal, bits per byte")
+    left.grid()
     right.axhline(1, color=INK, linewidth=0.6, linestyle="--")
     right.axvline(1, color=INK, linewidth=0.6, linestyle="--")
     right.set(title="Loss against the cost of a forward pass", xscale="log")
@@ -57,15 +58,11 @@ def _draw(curves: Sequence[Curve]) -> Figure:
     right.xaxis.set_minor_formatter(NullFormatter())
     right.set_xlabel("FLOPs of a forward pass / the dense optimum's")
     right.set_ylabel("loss / the dense optimum's")
-    left.grid()
     right.grid()
-    handles = [
-        Line2D([], [], color=arm_colour(arm), label=arm)
-        for arm in dict.fromkeys(curve.arm for curve in curves)
-    ] + [
+    arms = dict.fromkeys(curve.arm for curve in curves)
+    handles = [Line2D([], [], color=arm_colour(arm), label=arm) for arm in arms] + [
         Line2D([], [], color=INK, marker=marker, linestyle="none", label=f"{budget:.3g} FLOPs")
         for budget, marker in markers.items()
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=7)
-    caption(figure, *_CAPTION)
     return figure

@@ -23,8 +23,8 @@ def to_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """Makes a data frame with a row for every record.
 
     Columns are the fields of `RunRecord`, with dots for nested ones, such as `size.dim`; those of
-    `run` and `end` have no prefix. `size` is the whole `Size` and `shape` its name. What a run has
-    not is NaN.
+    `run` and `end` have no prefix. `size` is the whole `Size` and `shape` its name. What a run does
+    not have is NaN.
     """
     frame = pd.json_normalize([record.model_dump() for record in records])
     frame = frame.rename(columns=lambda name: re.sub(r"^(run|end)\.", "", name))
@@ -37,13 +37,7 @@ def to_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """The runs that are compared.
-
-    **Attributes:**
-
-    - `frame`: as `to_frame` makes it.
-    - `reference`: the size at which arms are compared.
-    """
+    """The runs that are compared, as `to_frame` makes them; arms are at the size `reference`."""
 
     frame: pd.DataFrame
     reference: Size

@@ -1,19 +1,17 @@
 """Trains and evaluates one run, and makes its record."""
 
-import os
-import platform
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from ..arms import Arm
 from ..budget import flops_per_step, forward_flops_per_token, parameter_count
+from ..console import Watch
 from ..data import Corpus, held_out_batches
 from ..evaluate import Evaluation, evaluate
-from ..train import Progress, Saving, Watch, train
-from ..versions import versions
+from ..train import Progress, Saving, train
+from ..versions import PACKAGES, machine, versions
 from .records import Mark, Run, RunRecord
 
 
@@ -24,13 +22,7 @@ _POINTS = 100
 
 
 def perform(run: Run, arm: Arm, steps: int, corpus: Corpus, watch: Watch) -> RunRecord:
-    """Trains and evaluates a run.
-
-    **Arguments:**
-
-    - `arm`, `corpus`: those that `run` names.
-    - `steps`: optimizer steps that the budget pays for.
-    - `watch`: called with the steps so far and the loss.
+    """Trains and evaluates a run, on the arm and corpus that it names, for the steps that it pays.
 
     **Raises:** `FloatingPointError` for a loss that is not finite.
     """
@@ -63,6 +55,7 @@ def perform(run: Run, arm: Arm, steps: int, corpus: Corpus, watch: Watch) -> Run
     training, start = trained.seconds - seconds, time.perf_counter()
     evaluation = evaluate(arm, trained.model, samples, key=key)
     seconds += time.perf_counter() - start
+    parts = np.array_split(np.asarray(trained.losses), min(_POINTS, len(trained.losses)))
     return RunRecord(
         run=run,
         parameters=parameter_count(trained.model),
@@ -72,11 +65,11 @@ def perform(run: Run, arm: Arm, steps: int, corpus: Corpus, watch: Watch) -> Run
         end=_mark(steps, evaluation),
         slots_top_k=evaluation.routers[0].compute_top_k if evaluation.routers else None,
         marks=tuple(marks),
-        losses=_means(trained.losses),
+        losses=tuple(round(float(part.mean()), 5) for part in parts),
         seconds={"training": training, "waiting": trained.waiting_seconds, "evaluating": seconds},
         step_seconds=trained.step_seconds,
-        versions=versions("mode-jax", "jax", "equinox", "optax", "grain", "python"),
-        machine=f"{platform.platform()}, {jax.default_backend()}, {os.cpu_count()} cores",
+        versions=versions(*PACKAGES),
+        machine=machine(),
     )
 
 
@@ -90,8 +83,3 @@ def _mark(step: int, evaluation: Evaluation) -> Mark:
         recall=router and router.recall,
         slots=router and router.compute_causal,
     )
-
-
-def _means(losses: Sequence[float]) -> tuple[float, ...]:
-    parts = np.array_split(np.asarray(losses), min(_POINTS, len(losses)))
-    return tuple(round(float(part.mean()), 5) for part in parts)

@@ -5,9 +5,10 @@ import re
 from functools import partial
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 import mode
+from mode._types import Scalar
+from mode.routing import Routings
 
 from ..arms import ARMS, Arm, arm_named, depths
 from ..options import Recipe, Size
@@ -26,15 +27,11 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Grids over one text whose runs are compared with each other.
+    """Grids over one text whose runs are compared with each other, run in their order.
 
-    **Attributes:**
-
-    - `about`: time and scale, for the help text.
-    - `reference`: the size at which arms are compared that are not compared over sizes.
-    - `grids`: what to run, in that order.
-    - `rates`: learning rates to choose from, for each size, on the dense arm.
-    - `held_out`: sequences in an evaluation, at most.
+    `about` says time and scale in the help text. Arms that are not compared over sizes are compared
+    at the size `reference`. The learning rate is chosen from `rates`, for each size, on the dense
+    arm. `held_out` is the most sequences in an evaluation.
     """
 
     about: str
@@ -60,7 +57,7 @@ class Preset:
         )
 
 
-def bce_loss(routings: tuple[mode.Routing, ...], *, weight: float) -> Float[Array, ""]:
+def bce_loss(routings: Routings, *, weight: float) -> Scalar:
     """Computes the paper's cross entropy on the routers' logits, times a weight."""
     return weight * jnp.mean(jnp.stack([mode.router_bce(routing) for routing in routings]))
 
@@ -130,6 +127,7 @@ _OTHERS = sweep_arms("moe-reduced", "mod-sigmoid", "mod-every")
 _SMALL = Size(dim=32, depth=4, heads=2)
 _TINY = Size(dim=16, depth=2, heads=1, length=32, batch=4, experts=2, noop=1)
 _LARGE = Size(dim=384, depth=12, heads=6, length=512, batch=32, dtype="bfloat16")
+_LARGE_SIZES = sizes_like(_LARGE, "192x8", "256x10", "384x12", "512x14")
 _BUDGETS = (2e11, 6e11)
 # Of one depth: a parabola does not fit what changes in two ways at once.
 _WIDTHS = sizes_like(_SMALL, "12x4", "16x4", "24x4", "32x4", "48x4", "64x4")
@@ -150,12 +148,7 @@ PRESETS = {
         "half an hour on one H100: 4 to 44 million parameters, 3e15 and 1e16 training FLOPs",
         _LARGE,
         (
-            Grid(
-                _COMPARED,
-                sizes_like(_LARGE, "192x8", "256x10", "384x12", "512x14"),
-                (3e15, 1e16),
-                2,
-            ),
+            Grid(_COMPARED, _LARGE_SIZES, (3e15, 1e16), 2),
             Grid((*_CAUSAL, *_EXPERTS), (_LARGE,), (3e15,), 2),
         ),
         rates=(1e-3, 2e-3, 4e-3),

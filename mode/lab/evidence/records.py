@@ -1,16 +1,12 @@
-"""The records of a sweep: one file per finished run, in a folder that can grow at any time.
+"""The records of a sweep: one file per finished run, named after its configuration.
 
-A file is named after the configuration of its run, so that no run is repeated, and two folders are
-joined by copying files.
+So no run is repeated, a folder can grow at any time, and two are joined by copying files.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
-import pydantic
-
-from ..files import Record, content_digest, read_record, write_record, write_text
+from ..files import Record, Strict, content_digest, read_record, write_record, write_text
 from ..folder import check_out
 from ..options import Recipe, Size
 
@@ -23,8 +19,8 @@ class SweepSettings(Record):
     """What the runs of a folder have in common. `recipe` holds for all but the learning rate, for
     which `rates` and `search_budget` are. Arms are compared at the size `reference`."""
 
-    format: ClassVar[str] = "mode-lab isoflop"
-    version: ClassVar[int] = 1
+    format = "mode-lab isoflop"
+    version = 1
 
     reference: Size
     rates: tuple[float, ...]
@@ -34,14 +30,12 @@ class SweepSettings(Record):
     corpus: str
 
 
-class Run(pydantic.BaseModel):
+class Run(Strict):
     """The configuration of a run. Equal configurations give equal results on one machine.
 
     `budget` are training FLOPs, `held_out` the most sequences to evaluate on, and `corpus` is the
     fingerprint of the text.
     """
-
-    model_config = Record.model_config
 
     arm: str
     size: Size
@@ -73,15 +67,13 @@ def shape_name(size: Size) -> str:
     return f"{size.dim}x{size.depth}"
 
 
-class Mark(pydantic.BaseModel):
+class Mark(Strict):
     """An evaluation during a run, or at its end.
 
-    `top_k` and `causal` are held-out bits per byte, under the training selection and causally;
-    `precision` and `recall` are those of the outermost router's causal rule against top-k; `slots`
-    are those that this router fills per token, causally. `None` where there is no such router.
+    `top_k` and `causal` are held-out bits per byte, under the training selection and causally.
+    `precision` and `recall` of the causal rule against top-k, and the `slots` filled per token
+    under that rule, are the outermost router's; `None` where there is none.
     """
-
-    model_config = Record.model_config
 
     step: int
     top_k: float
@@ -101,9 +93,9 @@ class RunRecord(Record):
     part `waiting` for data, and `evaluating`.
     """
 
-    format: ClassVar[str] = "isoflop run"
-    version: ClassVar[int] = 2
-    remedy: ClassVar[str] = "Delete it, and the same command trains the run again."
+    format = "isoflop run"
+    version = 2
+    remedy = "Delete it, and the same command trains the run again."
 
     run: Run
     parameters: int
@@ -121,7 +113,7 @@ class RunRecord(Record):
 
 
 class Store:
-    """The records in a folder, which is made where it does not exist."""
+    """The records in a folder."""
 
     def __init__(self, folder: Path):
         check_out(folder)

@@ -10,31 +10,13 @@ from rich.console import Console
 from ..console import say
 from ..files import write_text
 from ..folder import read_settings
-from ..tables import to_console, to_markdown
+from ..tables import prose, to_console, to_markdown
 from .curves import Curve, Parabola
 from .figure import plot_curves
 from .frame import Runs, to_frame
 from .presets import SWEEP_ARMS
 from .records import SEARCH_SEED, RunRecord, Store, SweepSettings
 
-
-_READING = """\
-## How to read it
-
-- *Loss* is held out and causal, in bits per byte: what a sampler would get. Top-k looks ahead.
-- A parabola in the logarithm of the parameters is fitted to the runs of an arm and budget, of the
-  seeds that have every size. Its lowest point is the *optimum* where it lies between the sizes that
-  were run; otherwise there is a dash, and nothing is extrapolated. *Over seeds* is the standard
-  deviation of the loss at the optimum, with a parabola for each seed.
-- *Misfit* is the largest distance of a size's mean over seeds from the parabola. Where it is as
-  large as a difference between arms, the parabola cannot resolve that difference. With three sizes
-  it is not defined: a parabola goes through any three points.
-- *FLOPs to match dense* are the fewest forward FLOPs at which the arm's parabola is as low as the
-  dense optimum, divided by the forward FLOPs of that optimum; "at most" where that is the smallest
-  size run.
-- Steps are the budget divided by the FLOPs of a step's loss and gradient, counted on the traced
-  program; the learning rate falls over exactly these. It was chosen for each size on the dense arm
-  alone."""
 
 _CURVE_COLUMNS = (
     *("training FLOPs", "arm", "sizes x seeds", "optimum, parameters", "loss there", "over seeds"),
@@ -69,10 +51,12 @@ def report_sweep(out: Path, console: Console) -> None:
         runs = Runs.of(frame, settings.reference)
         names = set(runs.frame["arm"])
         arms = [f"- {arm.name}: {arm.description}" for arm in SWEEP_ARMS if arm.name in names]
-        parts += _curve_section(out, runs.curves, console)
-        parts += ["## Learning rates", _rate_section(frame, settings), "## Runs"]
-        parts += [to_markdown(_run_table(runs.frame), _FORMATS), "\n".join(arms)]
-        parts += ["## Made with", _made_with(records, settings)]
+        parts += [
+            _curve_section(out, runs.curves, console),
+            *("## Learning rates", _rate_section(frame, settings)),
+            *("## Runs", to_markdown(_run_table(runs.frame), _FORMATS), "\n".join(arms)),
+            *("## Made with", _made_with(records, settings)),
+        ]
     failures = [f"- {name}: {reason}" for name, reason in store.failures().items()]
     if failures:
         parts += ["## Runs without a result", "\n".join(failures)]
@@ -80,10 +64,11 @@ def report_sweep(out: Path, console: Console) -> None:
     say(console, f"{len(records)} runs: see {out / 'report.md'}.")
 
 
-def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> list[str]:
+def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> str:
     if not curves:
-        say(console, "No arm has three sizes at one budget yet: nothing to fit.")
-        return ["No arm has three sizes at one budget yet: there is nothing to fit."]
+        nothing = "No arm has three sizes at one budget yet: there is nothing to fit."
+        say(console, nothing)
+        return nothing
     plot_curves(out / "isoflop.png", curves)
     dense = {curve.budget: curve.fit for curve in curves if curve.arm == "dense"}
     rows = []
@@ -96,8 +81,7 @@ def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> list
         rows.append((*row, deviation, misfit, *costs))
     table = pd.DataFrame(rows, columns=pd.Index(_CURVE_COLUMNS))
     console.print(to_console(table, _FORMATS, title="Loss against size"))
-    image = "![Loss against parameters and forward FLOPs](isoflop.png)"
-    return [image, to_markdown(table, _FORMATS), _READING]
+    return prose("isoflop", table=to_markdown(table, _FORMATS)).strip()
 
 
 def _cost(fit: Parabola, dense: Parabola | None) -> str | None:

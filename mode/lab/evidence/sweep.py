@@ -15,12 +15,11 @@ from rich.console import Console
 from .. import interrupts
 from ..arms import Arm
 from ..budget import flops_per_step, steps_for
-from ..console import say
+from ..console import Bars, progress, say
 from ..data import Corpus, read_corpus
 from ..files import lock
 from ..folder import claim
 from ..options import Recipe
-from ..progress import Bars, progress
 from .perform import perform
 from .presets import Grid, Preset
 from .records import SEARCH_SEED, Run, Store, SweepSettings, shape_name
@@ -30,13 +29,13 @@ from .report import report_sweep
 def list_runs(grids: Sequence[Grid], settings: SweepSettings) -> list[Run]:
     """Lists all runs of the grids, each once, at the learning rate of the recipe."""
     common = {"recipe": settings.recipe, "held_out": settings.held_out, "corpus": settings.corpus}
-    runs = {
-        Run(arm=arm.name, size=size, budget=budget, seed=seed, **common): None
+    runs = (
+        Run(arm=arm.name, size=size, budget=budget, seed=seed, **common)
         for grid in grids
         for arm, size in itertools.product(grid.arms, grid.sizes)
         for budget, seed in itertools.product(grid.budgets, range(grid.seeds))
-    }
-    return list(runs)
+    )
+    return list(dict.fromkeys(runs))
 
 
 def list_search(runs: Sequence[Run], settings: SweepSettings) -> list[Run]:
@@ -54,10 +53,8 @@ def list_search(runs: Sequence[Run], settings: SweepSettings) -> list[Run]:
 def with_rates(
     runs: Iterable[Run], search: Sequence[Run], settings: SweepSettings, store: Store
 ) -> list[Run]:
-    """Returns the runs at the best rate of their size; none before the search is over.
-
-    Every arm of a size is trained at the rate that is best for the dense arm: no arm but the
-    baseline is tuned.
+    """Returns the runs at the rate that is best for the dense arm of their size, as no arm but the
+    baseline is tuned; none before the search is over.
 
     **Raises:** `ValueError` where no rate gave a result at some size.
     """
@@ -92,14 +89,7 @@ def run_sweep(
     minutes: float | None,
     console: Console,
 ) -> None:
-    """Trains what is missing of a preset, and reports.
-
-    **Arguments:**
-
-    - `recipe`: of all runs, except for the learning rate.
-    - `out`: the folder of the records.
-    - `data`: files to train on; `None` for the source of the Python standard library.
-    - `minutes`: no run starts later; `None` for no end.
+    """Trains what is missing of a preset, and reports. Other arguments are those of `Isoflop`.
 
     **Raises:** `ValueError` for a preset that cannot be run, and where no learning rate of a size
     gave a result.
@@ -114,11 +104,8 @@ def run_sweep(
     store = Store(out)
     claim(out, settings)
     finished = sum(map(store.is_finished, with_rates(runs, search, settings, store)))
-    say(
-        console,
-        f"{len(runs)} runs, {finished} of them finished before, and {len(search)} that search "
-        "learning rates.",
-    )
+    before = f"{finished} of them finished before"
+    say(console, f"{len(runs)} runs, {before}, and {len(search)} that search learning rates.")
     worker = _Worker(preset.arms, store, corpus, end, console)
     worker.train_all(search)
     worker.train_all(with_rates(runs, search, settings, store))
@@ -168,9 +155,7 @@ class _Worker:
                 say(self.console, f"{run.name}: {error}", "red")
                 return
         self.store.add(record)
-        say(
-            self.console,
-            f"{title}, {run.budget:.3g} FLOPs, seed {run.seed}, rate {run.recipe.learning_rate:g}: "
-            f"{record.end.top_k:.4f} bits per byte, causal {record.end.causal:.4f}, "
-            f"{time.perf_counter() - start:.0f} s.",
-        )
+        name = f"{title}, {run.budget:.3g} FLOPs, seed {run.seed}"
+        losses = f"{record.end.top_k:.4f} bits per byte, causal {record.end.causal:.4f}"
+        rate, seconds = run.recipe.learning_rate, time.perf_counter() - start
+        say(self.console, f"{name}, rate {rate:g}: {losses}, {seconds:.0f} s.")
