@@ -1,11 +1,18 @@
 """The command `mode-lab`."""
 
+import itertools
 import os
 import shlex
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Union
+
+from . import interrupts
 
 
 _NEEDED = ("annotated_types", "filelock", "grain", "matplotlib", "pandas", "pydantic")
@@ -16,11 +23,13 @@ _COMMANDS = {
     "report": ("commands:Rereport", "ablate:run_rereport"),
     "train": ("commands:Training", "run:run_training"),
     "generate": ("commands:Generating", "generate:run_generation"),
-    "analyze": ("analyze:Analysis", "analyze:run_analysis"),
-    "isoflop": ("evidence.commands:Isoflop", "evidence.commands:run_isoflop"),
-    "claims": ("evidence.commands:Claims", "evidence.commands:run_claims"),
+    "analyze": ("commands:Analysis", "analyze:run_analysis"),
+    "isoflop": ("commands:Isoflop", "evidence.commands:run_isoflop"),
+    "claims": ("commands:Claims", "evidence.commands:run_claims"),
     "plan": ("commands:Planning", "plan:run_planning"),
 }
+# Set to anything, this variable shows the traceback of an error of ours.
+_DEBUG = "MODE_LAB_DEBUG"
 _GOES_ON = {
     "ablate": " The same command goes on after the last finished arm.",
     "train": " The same command goes on from the last checkpoint.",
@@ -29,7 +38,13 @@ _GOES_ON = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command. Mistakes of the user print as a message and give exit code 2."""
+    """Runs one command. What goes wrong is a message of one line and an exit code, no traceback.
+
+    The code is 2 for a mistake of the user, 70 for one of `mode`, 130 and 143 for signals.
+    """
+    args = sys.argv[1:] if args is None else args
+    goes_on = _GOES_ON.get(args[0] if args else "", "")
+    interrupts.install(f"mode-lab: interrupted.{goes_on}")
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(
@@ -38,36 +53,57 @@ def main(args: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from . import interrupts
-    from .console import make_console
-
-    args = sys.argv[1:] if args is None else args
-    interrupts.install()
-    make_console(stderr=True)  # what cannot be encoded is escaped
     try:
-        if any("\udc80" <= letter <= "\udcff" for letter in "".join(args)):
-            raise ValueError(f"arguments must be text in UTF-8, got {shlex.join(args)!r}.")
-        name, options = _parse(args)
-        function = resolve_name(f"{__package__}.{_COMMANDS[name][1]}")
-        interrupts.check()
-        # The text that `generate` makes goes to the standard output alone.
-        function(options, make_console(stderr=name == "generate"))
-        interrupts.check()
+        return _run(args)
     except BrokenPipeError:  # the reader of the text has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ConnectionError as error:
-        print(f"mode-lab: {error}", file=sys.stderr, flush=True)
+        _say(error)
         sys.stdout.flush()
         os._exit(2)  # the usual way out waits for the process that is gone, for 100 s
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"mode-lab: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except KeyboardInterrupt:
-        goes_on = _GOES_ON.get(args[0] if args else "", "")
-        print(f"mode-lab: interrupted.{goes_on}", file=sys.stderr)
-        return 128 + (interrupts.received() or 2)
+        _say(f"interrupted.{goes_on}")
+        return 128 + (interrupts.received() or signal.SIGINT)
+    except Exception as error:
+        if os.environ.get(_DEBUG):
+            raise
+        *_, last = traceback.extract_tb(error.__traceback__)
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        text = " ".join(str(error).split())[:300]
+        _say(f"an error of mode, {type(error).__name__} at {place}: {text} ({_DEBUG}=1 shows all.)")
+        return 70
     return 0
+
+
+def _say(message: object) -> None:
+    print(f"mode-lab: {message}", file=sys.stderr, flush=True)
+
+
+def _run(args: list[str]) -> int:
+    from .console import make_console
+    from .options import check_options
+
+    make_console(stderr=True)  # what cannot be encoded is escaped
+    if any("\udc80" <= letter <= "\udcff" for letter in "".join(args)):
+        raise ValueError(f"arguments must be text in UTF-8, got {shlex.join(args)!r}.")
+    for option, value in itertools.pairwise((*args, "none")):
+        name = option.rstrip("=")
+        if name != "--prompt" and (option.endswith("=") or not value):
+            raise ValueError(f"`{name}` must have a value, got an empty one.")
+    name, options = _parse(args)
+    options = check_options(options)
+    # The text that `generate` makes goes to the standard output alone.
+    command(name)(options, make_console(stderr=name == "generate"))
+    return 0
+
+
+def command(name: str) -> Callable[[Any, Any], None]:
+    """The function of a command. It is imported now, with all that it needs."""
+    return resolve_name(f"{__package__}.{_COMMANDS[name][1]}")
 
 
 def _parse(args: list[str]) -> tuple[str, Any]:

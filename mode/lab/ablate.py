@@ -16,7 +16,7 @@ from .console import progress, say
 from .data import read_corpus
 from .files import Record
 from .folder import check_out, claim, read_settings, settings_format
-from .options import absolute_glob, check_options, command_line
+from .options import absolute_glob, command_line
 from .report import write_report
 from .run import load_result, train_arm
 
@@ -50,7 +50,6 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
     names = [arm.name for arm in arms_named(ablation.arms)]
-    ablation = check_options(ablation)
     out = ablation.out
     check_out(out)
     corpus = read_corpus(ablation.data, length=ablation.size.length)
@@ -58,9 +57,8 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
     settings = AblationSettings(options=options, corpus=corpus.fingerprint)
     arms = {name: settings.arm(out, name) for name in names}  # before anything is written
     claim(out, settings, besides=("out", "data", "arms"))
-    files = f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} bytes)"
     budget = f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm"
-    say(console, f"{files}, {len(corpus.held_out.names)} held out; {budget}.")
+    say(console, f"{corpus}; {budget}.")
     pending = [name for name in names if load_result(out / "arms" / name, arms[name]) is None]
     for name in names:
         if name not in pending:
@@ -83,7 +81,7 @@ def run_rereport(rereport: Rereport, console: Console) -> None:
     from .evidence.records import SweepSettings
     from .evidence.report import report_sweep
 
-    out = check_options(rereport).out
+    out = rereport.out
     is_sweep = settings_format(out) == SweepSettings.format
     (report_sweep if is_sweep else report)(out, console)
 

@@ -1,40 +1,14 @@
 """What the routers of a trained model do on real text: the command `mode-lab analyze`."""
 
-import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from .commands import Training
+from .commands import Analysis, Training
 from .corpus import Documents, read_corpus, read_documents
 from .folder import check_out
-from .options import Count, Seed, check_options
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """Show what the routers of a trained model do: which tokens are computed, in which layers, and
-    how that depends on the kind of byte and on the uncertainty of the prediction.
-
-    Everything is shown under the top-k selection of training, which sees the future, and under the
-    causal rule that a sampler uses.
-    """
-
-    checkpoint: Path = Path("runs/train")
-    """Folder of a `mode-lab train` run. Its newest checkpoint is used."""
-    data: str | None = None
-    """Files to read, all of them, a quoted glob such as "texts/**/*.txt". By default the run's own
-    held-out text."""
-    sequences: Count = 512
-    """Sequences of the run's length, at most; evenly spread over the text."""
-    out: Path | None = None
-    """Folder for the pictures, analysis.md and analysis.json; by default `analysis` in the run's
-    folder."""
-    seed: Seed = 0
-    """Seed of random routing and of the bootstrap."""
 
 
 def run_analysis(options: Analysis, console: Console) -> None:
@@ -51,7 +25,6 @@ def run_analysis(options: Analysis, console: Console) -> None:
     from .run import load_run
     from .summary import summarise
 
-    options = check_options(options)
     out = options.checkpoint / "analysis" if options.out is None else options.out
     check_out(out)
     settings, arm, steps, trained = load_run(options.checkpoint, console)

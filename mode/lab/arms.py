@@ -18,7 +18,7 @@ import mode
 from mode._types import Scalar
 from mode.routing import Routings
 
-from .options import Size as Size
+from .options import ARM_TEXTS, NAMES as NAMES, Size as Size
 
 
 Tree = TypeVar("Tree")
@@ -137,52 +137,34 @@ def predictor_loss(routings: Routings) -> Scalar:
 _late_quantile = partial(Arm, rule=mode.QuantileThreshold(), under_rule=0.2)
 
 ARMS: tuple[Arm, ...] = (
-    Arm("dense", "every token through every block"),
-    _late_quantile(
-        "mod",
-        "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
-        depths,
-    ),
+    Arm("dense", ARM_TEXTS["dense"]),
+    _late_quantile("mod", ARM_TEXTS["mod"], depths),
     Arm(
         "mod-predictor",
-        "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
+        ARM_TEXTS["mod-predictor"],
         partial(depths, predictor=True),
         rule=mode.PredictorThreshold(),
         auxiliary=predictor_loss,
     ),
     Arm(
         "mod-random",
-        "the control: Mixture-of-Depths that selects tokens at random",
+        ARM_TEXTS["mod-random"],
         partial(depths, select=mode.RandomChoice()),
         samples=False,
     ),
     _late_quantile(
-        "moe",
-        "expert-choice Mixture-of-Experts at the dense model's FLOPs",
-        partial(_with_experts, mode.integrated_mode_layer, noop=False),
+        "moe", ARM_TEXTS["moe"], partial(_with_experts, mode.integrated_mode_layer, noop=False)
     ),
     _late_quantile(
-        "moe-reduced",
-        "the control: Mixture-of-Experts with the slots of mode-integrated and no no-op experts",
-        partial(_with_experts, mode.reduced_capacity_moe),
+        "moe-reduced", ARM_TEXTS["moe-reduced"], partial(_with_experts, mode.reduced_capacity_moe)
     ),
-    _late_quantile(
-        "mode-staged",
-        "staged MoDE: first into or around the block, then to an expert inside it",
-        _staged,
-    ),
+    _late_quantile("mode-staged", ARM_TEXTS["mode-staged"], _staged),
     _late_quantile(
         "mode-integrated",
-        "integrated MoDE: experts and no-op experts in one routing",
+        ARM_TEXTS["mode-integrated"],
         partial(_with_experts, mode.integrated_mode_layer),
     ),
 )
-NAMES = tuple(arm.name for arm in ARMS)
-
-
-def arms_help() -> str:
-    """Describes each arm for the command line."""
-    return "Which arms to train. " + "; ".join(f"{a.name}: {a.description}" for a in ARMS) + "."
 
 
 def arms_named(names: Sequence[str]) -> list[Arm]:

@@ -34,7 +34,7 @@ class TrainSettings(Record):
     """The settings of a run of `mode-lab train`, and the fingerprint of its text."""
 
     format = "mode-lab train"
-    version = 1
+    version = 2
 
     options: Training
     corpus: str
@@ -44,7 +44,7 @@ class Notes(Record):
     """A checkpoint but for its arrays: the run it belongs to, and its progress."""
 
     format = "mode-lab checkpoint"
-    version = 1
+    version = 2
 
     settings: TrainSettings
     stream: dict[str, pydantic.JsonValue]

@@ -2,22 +2,46 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Le
 
-from .arms import NAMES, arms_help
-from .options import Count, Data, Devices, NotNegative, Positive, Recipe, Seed, Size, UpToOne
+from .options import (
+    ARM_TEXTS,
+    NAMES,
+    Count,
+    Data,
+    Devices,
+    Flops,
+    NotNegative,
+    Positive,
+    Recipe,
+    Seed,
+    Size,
+    UpToOne,
+)
 from .presets import preset_named, presets_help
 
 
 _Arm = Annotated[
     str, tyro.conf.arg(help=f"What to train: {', '.join(NAMES)}; see `mode-lab ablate -h`.")
 ]
+# The sweeps of `isoflop`, which `evidence.presets` defines.
+SWEEP_TEXTS = {
+    "cpu-hour": "about an hour on two cores: 10 to 220 thousand parameters, 2e11 and 6e11 training "
+    "FLOPs",
+    "h100-half-hour": "half an hour on one H100: 4 to 44 million parameters, 3e15 and 1e16 "
+    "training FLOPs",
+    "tiny": "some minutes, to see that everything works: its numbers mean nothing",
+}
+
+
+def _texts(first: str, texts: dict[str, str]) -> str:
+    """The help of an option with several values, each of which has a text."""
+    return f"{first} " + "; ".join(f"{name}: {text}" for name, text in texts.items()) + "."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +57,10 @@ class Ablation:
     budget: Positive = 1.0
     """Training FLOPs of every arm, as a multiple of the default, which takes all eight arms of the
     default size 6 to 10 minutes on two cores. Time grows with it in proportion."""
-    arms: Annotated[tuple[str, ...], tyro.conf.arg(help=arms_help(), metavar="ARM ...")] = NAMES
+    arms: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help=_texts("Which arms to train.", ARM_TEXTS), metavar="ARM ..."),
+    ] = NAMES
     seed: Seed = 0
     """Seed of parameters, data order and random routing."""
     held_out: Count = 512
@@ -72,6 +99,8 @@ class Training:
     """Steps between two checkpoints; there is one of the last step as well."""
     keep: Count = 3
     """How many checkpoints to keep, the newest."""
+    log_every: Count = 50
+    """Steps between two lines of progress, where the output is no terminal."""
     devices: Devices = dataclasses.field(default_factory=Devices)
     size: Size = dataclasses.field(default_factory=Size)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -90,7 +119,7 @@ class Generating:
     """Bytes to generate, at most: the end of the document ends the text."""
     temperature: NotNegative = 0.8
     """0 takes the likeliest byte, 1 samples from the model's own distribution."""
-    top_k: Annotated[int | None, Ge(1)] = None
+    top_k: Annotated[int | None, Ge(1), Le(10**9)] = None
     """Sample from so many likeliest bytes."""
     top_p: UpToOne = 1.0
     """Sample from the likeliest bytes that together have this probability."""
@@ -105,12 +134,75 @@ class Generating:
 
 
 @dataclasses.dataclass(frozen=True)
+class Analysis:
+    """Show what the routers of a trained model do: which tokens are computed, in which layers, and
+    how that depends on the kind of byte and on the uncertainty of the prediction.
+
+    Everything is shown under the top-k selection of training, which sees the future, and under the
+    causal rule that a sampler uses.
+    """
+
+    checkpoint: Path = Path("runs/train")
+    """Folder of a `mode-lab train` run. Its newest checkpoint is used."""
+    data: str | None = None
+    """Files to read, all of them, a quoted glob such as "texts/**/*.txt". By default the run's own
+    held-out text."""
+    sequences: Count = 512
+    """Sequences of the run's length, at most; evenly spread over the text."""
+    out: Path | None = None
+    """Folder for the pictures, analysis.md and analysis.json; by default `analysis` in the run's
+    folder."""
+    seed: Seed = 0
+    """Seed of random routing and of the bootstrap."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Isoflop:
+    """Train arms at several sizes and seeds for equal training FLOPs, and fit loss against size.
+
+    A sweep that was interrupted continues where it stopped: the same command skips finished runs.
+    Several processes with the same command share the work.
+    """
+
+    out: Path = Path("runs/isoflop")
+    """Folder of the records, of one text, recipe and reference."""
+    preset: Annotated[str, tyro.conf.arg(help=_texts("Which runs.", SWEEP_TEXTS))] = "cpu-hour"
+    arms: tuple[str, ...] = ()
+    """Arms of a sweep of your own, instead of a preset; with `--sizes` and `--budgets`."""
+    sizes: tuple[str, ...] = ()
+    """Its sizes, features and layers, such as 32x4 48x6 64x6."""
+    budgets: tuple[Flops, ...] = ()
+    """Its training FLOPs."""
+    seeds: Count = 3
+    """Its number of seeds, from 0."""
+    rates: tuple[Positive, ...] = (1e-2, 2e-2, 4e-2)
+    """Its learning rates. For each size the best one of the dense arm is used."""
+    held_out: Count = 512
+    """Its held-out sequences, at most."""
+    base: Size = dataclasses.field(default_factory=Size)
+    """Its sizes, except for features, layers and heads."""
+    data: Data = None
+    minutes: Positive | None = None
+    """No run starts after so many minutes. The same command continues later."""
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    """How runs are trained, except for the learning rate, which is searched."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """Test the paper's claims on the runs of `mode-lab isoflop`. Trains nothing."""
+
+    out: Path = Path("runs/isoflop")
+    """The folder of the runs."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSize:
     """How devices are arranged. By default the arrangement is searched for."""
 
-    data: Annotated[int | None, Ge(1)] = None
+    data: Annotated[int | None, Ge(1), Le(10**9)] = None
     """Devices over which batch and parameters are sharded."""
-    expert: Annotated[int | None, Ge(1)] = None
+    expert: Annotated[int | None, Ge(1), Le(10**9)] = None
     """Devices over which experts are sharded, each `data` times; so is the batch. A divisor of the
     number of experts."""
 
@@ -128,7 +220,7 @@ class Planning:
     target: str = "tpu:v5e:2x2"
     """Device and topology: tpu:v5e:16x16, tpu:v5p:4x4x4, tpu:v6e:2x4, cuda:h100, ..."""
     mesh: MeshSize = dataclasses.field(default_factory=MeshSize)
-    memory: Annotated[float | None, Gt(0), Lt(math.inf)] = None
+    memory: Positive | None = None
     """GiB that a program may use on a device. By default what the compiler says of a TPU; of a GPU
     the part that JAX takes, XLA_PYTHON_CLIENT_MEM_FRACTION or 0.75 of all."""
     minutes: Positive = 9.0

@@ -1,7 +1,9 @@
 """What `mode-lab` prints: text as it is, in any encoding, and progress bars."""
 
+import datetime
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import rich.progress
@@ -39,17 +41,39 @@ class Bars:
         self.total = bars.add_task("all arms", total=count, note="", visible=count > 1)
 
     @contextmanager
-    def arm(self, name: str, steps: int) -> Iterator[Watch]:
-        """Shows the bar of one arm: yields the function that its training calls."""
+    def arm(
+        self, name: str, steps: int, *, tokens: int = 0, log_every: int | None = None
+    ) -> Iterator[Watch]:
+        """Shows the bar of one arm: yields the function that its training calls.
+
+        Where there are no bars to see, a line is printed at the first two calls, from which the
+        speed is known, and every `log_every` steps. `tokens` are those of a step.
+        """
         bar = self.bars.add_task(name, total=steps, note="compiling")
+        calls: list[tuple[int, float]] = []  # steps and times
 
         def watch(step: int, loss: float) -> None:
-            note = f"step {step} of {steps}, {loss:.3f} bits per byte"
+            last = calls[-1][0] if calls else 0
+            calls.append((step, time.monotonic()))
+            note = f"step {step} of {steps}, {loss:.3f} bits per byte{_pace(calls, steps, tokens)}"
             self.bars.update(bar, completed=step, note=note)
+            is_due = log_every and (len(calls) <= 2 or step // log_every > last // log_every)
+            if is_due and self.bars.disable:
+                say(self.bars.console, note)
 
         yield watch
         self.bars.advance(self.total)
         self.bars.remove_task(bar)
+
+
+def _pace(calls: Sequence[tuple[int, float]], steps: int, tokens: int) -> str:
+    """The speed over the last calls, and the time left; the first call is after compilation."""
+    (first, began), (last, now) = calls[-10:][0], calls[-1]
+    if not tokens or last == first or now == began:
+        return ""
+    per_step = (now - began) / (last - first)
+    left = datetime.timedelta(seconds=round((steps - last) * per_step))
+    return f", {tokens / per_step:,.0f} tokens per second, {left} left"
 
 
 @contextmanager

@@ -43,6 +43,11 @@ class Corpus:
     train: Documents
     held_out: Documents
 
+    def __str__(self) -> str:
+        """The number of files, for people."""
+        files = f"{len(self.train.names)} files to train on ({len(self.train.tokens):,} bytes)"
+        return f"{files}, {len(self.held_out.names)} held out"
+
     @property
     def fingerprint(self) -> str:
         """Equal for equal names and contents on both sides."""

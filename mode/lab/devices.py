@@ -5,6 +5,7 @@ the rows of a batch that a process reads, and that one of them, the lead, writes
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,6 +94,12 @@ def _join(devices: Devices) -> None:
 def is_lead() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
+
+
+def device_names() -> str:
+    """The devices of all processes, for people."""
+    kinds = Counter(device.device_kind for device in jax.devices())
+    return " and ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def by_lead(act: Callable[[], object]) -> None:

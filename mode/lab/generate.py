@@ -18,7 +18,6 @@ from .commands import Generating as Generating
 from .console import say
 from .corpus import DOCUMENT_START
 from .observe import router_places
-from .options import check_options
 from .routing_map import plot_generated
 from .run import load_run
 from .tables import to_console
@@ -39,7 +38,6 @@ def run_generation(generating: Generating, console: Console, write: Write = _to_
 
     **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
     """
-    generating = check_options(generating)
     path = generating.plot or generating.checkpoint / "generated.png"
     if generating.plot is not None and not path.parent.is_dir():
         raise ValueError(f"`plot` must be a file in a folder that exists, got {path}.")

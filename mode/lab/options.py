@@ -16,11 +16,26 @@ from annotated_types import Ge, Gt, Le, Lt
 # The bytes, and the start of a document.
 VOCAB = 257
 
+# The arms of the ablation, which `arms` builds.
+ARM_TEXTS = {
+    "dense": "every token through every block",
+    "mod": "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
+    "mod-predictor": "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
+    "mod-random": "the control: Mixture-of-Depths that selects tokens at random",
+    "moe": "expert-choice Mixture-of-Experts at the dense model's FLOPs",
+    "moe-reduced": "the control: Mixture-of-Experts with the slots of mode-integrated and no no-op "
+    "experts",
+    "mode-staged": "staged MoDE: first into or around the block, then to an expert inside it",
+    "mode-integrated": "integrated MoDE: experts and no-op experts in one routing",
+}
+NAMES = tuple(ARM_TEXTS)
+
 # Ranges: `check_options` refuses numbers outside of them, and so does every record that is read.
 Count = Annotated[int, Ge(1), Le(10**9)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-Positive = Annotated[float, Gt(0), Lt(math.inf)]
-NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
+Positive = Annotated[float, Gt(0), Le(1e9)]
+NotNegative = Annotated[float, Ge(0), Le(1e9)]
+Flops = Annotated[float, Gt(0), Le(1e27)]
 UpToOne = Annotated[float, Gt(0), Le(1)]
 
 _DATA = 'Text to train on, a quoted glob: "texts/**/*.txt". By default the Python standard library.'
@@ -54,7 +69,7 @@ class Size:
     """Type of the activations. Parameters, routers and the optimizer are float32 either way."""
     vocab: Annotated[int, Ge(VOCAB), Le(2**24)] = VOCAB
     """Token ids. 257 are used: the bytes and the start of a document."""
-    kv_heads: Annotated[int | None, Ge(1)] = None
+    kv_heads: Annotated[int | None, Ge(1), Le(2**16)] = None
     """Key-value heads, which several attention heads share; by default `heads`."""
     remat: bool = False
     """Whether the backward pass computes activations again, two layers at a time, instead of
@@ -91,7 +106,7 @@ class Devices:
     processes: Count = 1
     """How many processes there are, each started with this command and its own number. They read
     the same files and write to the same folder."""
-    process: Annotated[int, Ge(0)] = 0
+    process: Annotated[int, Ge(0), Le(10**9)] = 0
     """The number of this process, from 0."""
     coordinator: str | None = None
     """HOST:PORT at which the others reach process 0. "auto" gets it and the two numbers above from

@@ -20,7 +20,7 @@ from .console import say
 from .folder import check_out
 from .footprint import Program
 from .meshes import MeshOf, larger_topologies, meshes
-from .options import check_options, command_line
+from .options import command_line
 from .plan_report import Plan, Trial, binary, write_plan
 from .versions import PACKAGES, versions
 
@@ -34,7 +34,6 @@ def run_planning(planning: Planning, console: Console) -> Plan:
     # Compiling needs no device, and JAX would search long for one whose driver is absent.
     jax.config.update("jax_platforms", "cpu")
     arm = arm_named(planning.arm)
-    planning = check_options(planning)
     check_out(planning.out)
     memory, rule = _memory(planning)
     devices = mesh_for(planning.target).size

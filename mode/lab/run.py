@@ -19,24 +19,24 @@ from .checkpoint import Checkpoints, Notes, TrainSettings
 from .commands import Training as Training
 from .console import Watch, progress, say
 from .data import Corpus, held_out_batches, read_corpus
-from .devices import by_lead, is_lead, on, with_shardings
+from .devices import by_lead, device_names, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
 from .files import FloatOrNaN, Record, read_record, write_record
 from .folder import check_out, check_same, claim, read_settings
-from .options import absolute_glob, check_options
+from .options import Size, absolute_glob
 from .step import TrainState, begin
 from .train import Progress, Saving, train
 
 
 # Options that do not decide how a run goes. Which text it is, the fingerprint says.
-_BESIDES = ("out", "data", "held_out", "save_every", "keep", "devices")
+_BESIDES = ("out", "data", "held_out", "save_every", "keep", "log_every", "devices")
 
 
 class TrainResult(Record):
     """`result.json`: the held-out results, and losses and times as `Trained` has them."""
 
     format = "mode-lab train result"
-    version = 1
+    version = 2
 
     settings: TrainSettings
     evaluation: Evaluation
@@ -53,7 +53,14 @@ class TrainResult(Record):
     def held_out(self) -> str:
         """The held-out results in words."""
         bits, causal = self.evaluation.bits_top_k, self.evaluation.bits_causal
-        return f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
+        text = f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
+        # Not at equal compute, the second number says little.
+        far = [
+            f"{router.compute_causal:.3f} slots per token instead of {router.compute_top_k:.3f}"
+            for router in self.evaluation.routers
+            if not 0.9 <= router.compute_causal / router.compute_top_k <= 1.1
+        ]
+        return f"{text} (causally its routers fill {', '.join(far)})" if far else text
 
 
 class LoadedRun(NamedTuple):
@@ -71,17 +78,26 @@ def run_training(training: Training, console: Console) -> None:
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
     arm = arm_named(training.arm)
-    training = check_options(training)
     check_out(training.out)
     corpus = read_corpus(training.data, length=training.size.length)
     with on(training.devices, batch=training.size.batch) as mesh:
         console.quiet = not is_lead()
-        with progress(console, 1) as bars, bars.arm(arm.name, training.steps) as watch:
+        say(console, f"{device_names()}; {_parameters(arm, training.size):,} parameters; {corpus}.")
+        tokens, every = training.size.batch * training.size.length, training.log_every
+        with (
+            progress(console, 1) as bars,
+            bars.arm(arm.name, training.steps, tokens=tokens, log_every=every) as watch,
+        ):
             result = train_arm(training, corpus, console, watch, mesh=mesh)
         say(console, f"{arm.name}: {result.held_out}, after {training.steps} steps.")
         if arm.samples:
             command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
             say(console, f"To sample from it:\n    {command}")
+
+
+def _parameters(arm: Arm, size: Size) -> int:
+    model = arm.shapes(size)
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, mode.is_trainable(model))))
 
 
 def train_arm(
@@ -120,6 +136,7 @@ def train_arm(
                 steps=training.steps,
                 seed=training.seed,
                 watch=watch,
+                look=min(10, training.log_every),
                 progress=start,
                 saving=Saving(training.save_every, save, interrupts.received),
                 mesh=mesh,

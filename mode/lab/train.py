@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -15,13 +16,13 @@ import mode
 
 from .arms import Arm, Size
 from .console import Watch
-from .data import Documents, batches
+from .data import Batch, Documents, batches
 from .devices import feed, on_any
 from .step import Health, Recipe, TrainState, begin, learning_rates, make_step
 
 
-# Steps between two looks at the loss. Each look waits for the device.
-_LOOK = 10
+# Tokens from which thresholds are calibrated at the end.
+_CALIBRATION = 2**13
 # Skipped steps in a row after which the run ends.
 _MOST_SKIPPED = 10
 
@@ -72,13 +73,15 @@ def train(
     steps: int,
     seed: int,
     watch: Watch,
+    look: int = 10,
     progress: Progress | None = None,
     saving: Saving | None = None,
     mesh: Mesh | None = None,
 ) -> Trained:
     """Trains `arm` for exactly `steps` steps, at least 2.
 
-    `seed` is of parameters, data order and random routing. With the `progress` of an earlier run of
+    `seed` is of parameters, data order and random routing. `watch` is called every `look` steps,
+    which waits for the device. With the `progress` of an earlier run of
     the same arguments, every loss and parameter comes out as without the interruption. Where a
     `mesh` is set, each process reads its own rows of every batch.
 
@@ -106,7 +109,7 @@ def train(
         compiled = False
         while (done := len(losses)) < last:
             # The first step of a phase compiles, and is looked at alone.
-            until = min(last, *((done // n + 1) * n for n in (_LOOK, every)))
+            until = min(last, *((done // n + 1) * n for n in (look, every)))
             count = until - done if compiled else 1
             start = time.perf_counter()
             healths = []
@@ -123,6 +126,10 @@ def train(
             losses += [float(health.loss) / math.log(2) for health in healths]
             _check(arm, recipe, healths, done)
             watch(len(losses), losses[-1])
+            if len(losses) == steps:
+                state = jax.tree.unflatten(structure, jax.tree.leaves(state))
+                calibrated = _calibrated(arm, state.model, documents, size, seed, mesh)
+                state = eqx.tree_at(lambda s: s.model, state, calibrated)
             if saving is None:
                 continue
             stop = on_any(bool(saving.stop()))
@@ -136,6 +143,24 @@ def train(
     # Of a run so short that every step compiled, the mean of those.
     step_seconds = float(np.median(times)) if times else seconds / steps
     return Trained(model, losses, step_seconds, seconds, sum(waits, start=0.0))
+
+
+def _calibrated(
+    arm: Arm,
+    model: mode.Transformer,
+    documents: Documents,
+    size: Size,
+    seed: int,
+    mesh: Mesh | None,
+) -> mode.Transformer:
+    """The model with thresholds of the routers as they are now, from some thousand tokens."""
+    if not isinstance(arm.rule, mode.QuantileThreshold):
+        return model
+    rows = {"part": jax.process_index(), "parts": jax.process_count()}
+    stream = batches(documents, length=size.length, batch=size.batch, seed=seed + 1, **rows)
+    count = math.ceil(_CALIBRATION / (size.batch * size.length))
+    made = [eqx.filter_jit(Batch.of)(feed(next(stream), mesh)) for _ in range(count)]
+    return mode.calibrate_thresholds(model, *((batch.inputs, batch.info) for batch in made))
 
 
 def _check(arm: Arm, recipe: Recipe, healths: list[Health], done: int) -> None:

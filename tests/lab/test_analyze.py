@@ -12,10 +12,10 @@ import pytest
 from mode.lab import analysis_report
 from mode.lab.__main__ import main
 from mode.lab.analysis_report import AnalysisRecord
-from mode.lab.analyze import Analysis, run_analysis
+from mode.lab.analyze import run_analysis
 from mode.lab.arms import arm_named
 from mode.lab.checkpoint import Checkpoints, Notes, TrainSettings
-from mode.lab.commands import Training
+from mode.lab.commands import Analysis, Training
 from mode.lab.data import Sequences, read_corpus
 from mode.lab.figures import STYLE
 from mode.lab.files import read_record

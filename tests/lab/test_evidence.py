@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from mode.lab.commands import Claims, Isoflop
 from mode.lab.data import read_corpus
 from mode.lab.evidence import sweep as sweeping
 from mode.lab.evidence.claims import CLAIMS
-from mode.lab.evidence.commands import Claims, Isoflop, run_claims, run_isoflop
+from mode.lab.evidence.commands import chosen, run_claims, run_isoflop
 from mode.lab.evidence.perform import perform
 from mode.lab.evidence.presets import PRESETS, SWEEP_ARMS, Grid, Preset, sizes_like, sweep_arms
 from mode.lab.evidence.records import Run, RunRecord, Store
@@ -254,7 +255,7 @@ def test_a_group_that_another_process_trains_is_left_to_it(
 
     monkeypatch.setattr(sweeping, "perform", record_name)
     options = isoflop(out, texts, arms=("dense", "mod"), sizes=("8x2",))
-    preset = options.chosen()
+    preset = chosen(options)
     settings = preset.settings(Recipe(), read_corpus(texts, length=32).fingerprint)
     dense, mod = list_runs(preset.grids, settings)
     claim(out, settings)

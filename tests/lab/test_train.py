@@ -83,10 +83,8 @@ def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: st
             env={**os.environ, **cache},
         )
         try:
-            deadline = time.monotonic() + 120
             while not (out / "checkpoints" / f"{after}.json").exists():
                 assert process.poll() is None, "it ended before it could be killed"
-                assert time.monotonic() < deadline
                 time.sleep(0.01)
             os.kill(process.pid, signal.SIGKILL)
         finally:

@@ -11,6 +11,7 @@ from mode._types import Scalar
 from mode.routing import Routings
 
 from ..arms import ARMS, Arm, arm_named, depths
+from ..commands import SWEEP_TEXTS
 from ..options import Recipe, Size
 from .records import SweepSettings
 
@@ -135,7 +136,7 @@ _CAPACITIES = tuple(dataclasses.replace(_SMALL, capacity=c) for c in (0.0625, 0.
 
 PRESETS = {
     "cpu-hour": Preset(
-        "about an hour on two cores: 10 to 220 thousand parameters, 2e11 and 6e11 training FLOPs",
+        SWEEP_TEXTS["cpu-hour"],
         _SMALL,
         (
             Grid(_COMPARED, _WIDTHS, _BUDGETS),
@@ -145,7 +146,7 @@ PRESETS = {
         rates=(1e-2, 2e-2, 4e-2),
     ),
     "h100-half-hour": Preset(
-        "half an hour on one H100: 4 to 44 million parameters, 3e15 and 1e16 training FLOPs",
+        SWEEP_TEXTS["h100-half-hour"],
         _LARGE,
         (
             Grid(_COMPARED, _LARGE_SIZES, (3e15, 1e16), 2),
@@ -154,7 +155,7 @@ PRESETS = {
         rates=(1e-3, 2e-3, 4e-3),
     ),
     "tiny": Preset(
-        "some minutes, to see that everything works: its numbers mean nothing",
+        SWEEP_TEXTS["tiny"],
         _TINY,
         (
             Grid(_COMPARED, sizes_like(_TINY, "8x2", "16x2", "24x2"), (4e8,), 2),

@@ -6,7 +6,7 @@ So no run is repeated, a folder can grow at any time, and two are joined by copy
 import dataclasses
 from pathlib import Path
 
-from ..files import Record, Strict, content_digest, read_record, write_record, write_text
+from ..files import Record, Strict, content_digest, read_record, write_record
 from ..folder import check_out
 from ..options import Recipe, Size
 
@@ -112,6 +112,16 @@ class RunRecord(Record):
     machine: str
 
 
+class Failure(Record):
+    """Why a run gave no result, so that it is not started again."""
+
+    format = "mode-lab failed run"
+    version = 1
+
+    run: Run
+    reason: str
+
+
 class Store:
     """The records in a folder."""
 
@@ -125,7 +135,7 @@ class Store:
 
     def failure_path(self, run: Run) -> Path:
         """Returns where the reason is, or would be, why a run gave no result."""
-        return self.folder / "failures" / f"{run.name}.txt"
+        return self.folder / "failures" / f"{run.name}.json"
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run ended, with a result or without."""
@@ -145,12 +155,12 @@ class Store:
         """Writes why a run gave no result, so that it is not started again."""
         path = self.failure_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, reason + "\n")
+        write_record(path, Failure(run=run, reason=reason))
 
     def failures(self) -> dict[str, str]:
         """Reads why runs gave no result, by the names of the runs."""
-        paths = sorted((self.folder / "failures").glob("*.txt"))
-        return {path.stem: path.read_text(encoding="utf-8").strip() for path in paths}
+        paths = sorted((self.folder / "failures").glob("*.json"))
+        return {path.stem: read_record(path, Failure).reason for path in paths}
 
     def all(self, settings: SweepSettings) -> list[RunRecord]:
         """Reads every record, in the order of their names.

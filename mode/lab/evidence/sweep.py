@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from .. import interrupts
 from ..arms import Arm
 from ..budget import flops_per_step, steps_for
 from ..console import Bars, progress, say
@@ -132,7 +131,6 @@ class _Worker:
                 for name, group in itertools.groupby(missing, lambda run: run.group):
                     with lock(locks / f"{name}.lock") as is_mine:
                         for run in group if is_mine else ():
-                            interrupts.check()
                             if self.end is not None and time.monotonic() > self.end:
                                 return
                             if not self.store.is_finished(run):
