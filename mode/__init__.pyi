@@ -48,6 +48,7 @@ from .parallel import (
     PARAMETER_RULES as PARAMETER_RULES,
     ShardingRule as ShardingRule,
     named_shardings as named_shardings,
+    parameter_kinds as parameter_kinds,
     role_field as role_field,
 )
 from .routing import (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
@@ -22,6 +23,10 @@ def map_rows(
         return jax.vmap(function)(rows)
     keys = jax.random.split(key, rows.shape[0])
     return jax.vmap(lambda row, key: function(row, key=key))(rows, keys)
+
+
+# Modules of Equinox that map one vector.
+_OF_VECTORS = (eqx.nn.MLP, eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GRUCell)
 
 
 class Delta(AbstractBlock):
@@ -56,6 +61,12 @@ class Delta(AbstractBlock):
                 f"`{type(self.module).__name__}`, which returns routings too. Use the block inside "
                 "it, `layer.block`."
             )
+        if isinstance(self.module, _OF_VECTORS):  # as many tokens as features would pass
+            raise ValueError(
+                "`module` of `Delta` must map [tokens, dim] to [tokens, dim], got "
+                f"{type_name(self.module)}, which maps one token, [dim] to [dim]. Make a block of "
+                "it by `PositionWise`."
+            )
         if not can_be_called(self.module, None):
             raise ValueError(
                 "`module` of `Delta` must be called with one argument, [tokens, dim], got "
@@ -77,7 +88,14 @@ class Delta(AbstractBlock):
             )
         with jax.named_scope("mode.Delta"):
             groups = x.reshape(-1, *x.shape[-2:])
-            hidden = map_rows(self.module, groups, key)
+            try:
+                hidden = map_rows(self.module, groups, key)
+            except TypeError as error:
+                raise ValueError(
+                    f"`module` of `Delta` must map [tokens, dim] to [tokens, dim], got "
+                    f"{type_name(self.module)}, which does not map {groups.shape[1:]}: {error} A "
+                    "function of one token, [dim] to [dim], is made a block by `PositionWise`."
+                ) from error
             check_kept_shape("module", hidden.shape[1:], groups.shape[1:])
             return hidden.reshape(x.shape) - x, (), ()
 

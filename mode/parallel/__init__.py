@@ -10,6 +10,7 @@ Modules name the roles of their arrays by `role_field`; `named_shardings` looks 
 for each. XLA's partitioner derives the sharding of everything in between.
 """
 
+from ._kinds import parameter_kinds as parameter_kinds
 from ._roles import ArrayRoles as ArrayRoles, array_roles as array_roles, role_field as role_field
 from ._sharding import (
     BATCH_RULES as BATCH_RULES,

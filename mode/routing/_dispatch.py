@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from .._token_info import TokenInfo
 from .._types import Hidden, SlotIndex, Slots
-from ._record import Routing
+from ._record import Routing, check_routing
 
 
 def dispatch(x: Hidden, routing: Routing) -> Slots:
@@ -19,12 +19,14 @@ def dispatch(x: Hidden, routing: Routing) -> Slots:
 
     **Returns:** `[experts, *groups, slots, dim]`, in time order; an empty slot is all zeros.
     """
+    check_routing(routing)
     with jax.named_scope("mode.dispatch"):
         return _gather(x, routing.index)
 
 
 def dispatch_info(info: TokenInfo, routing: Routing) -> TokenInfo:
     """Gathers `info` of every slot, `[experts, *groups, slots]`; an empty slot is padding."""
+    check_routing(routing)
     return jax.tree.map(lambda a: _gather(a[..., None], routing.index)[..., 0], info)
 
 
@@ -50,6 +52,7 @@ def combine(updates: Slots, routing: Routing, onto: Hidden) -> Hidden:
     >>> slots.shape, bool(jnp.all(mode.combine(jnp.tanh(slots), routing, onto=x) == hidden))
     ((1, 2, 3, 8), True)
     """
+    check_routing(routing)
     with jax.named_scope("mode.combine"):
         weight = jnp.moveaxis(routing.weight, -2, 0)[..., None]
         weighted = weight * updates.astype(weight.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._types import ExpertLogits, Scalar
-from ._record import Routing
+from ._record import Routing, check_routing
 
 
 def masked_mean(values: Float[Array, "*axes"], mask: Bool[Array, "*axes"]) -> Scalar:
@@ -26,6 +26,7 @@ def router_z_loss(routing: Routing) -> Scalar:
 
     *Source:* arXiv:2202.08906, section 3.2, equation 5 (with a coefficient of 0.001).
     """
+    check_routing(routing)
     total = jax.nn.logsumexp(routing.logits, axis=-1)
     return masked_mean(total * total, routing.valid)
 
@@ -41,6 +42,7 @@ def load_balance_loss(routing: Routing) -> Scalar:
     *Source:* arXiv:2101.03961, section 2.2, equation 4. *Relative to the paper:* per routing group,
     the set whose tokens compete for slots, not per batch; divided by `k`.
     """
+    check_routing(routing)
     load = routing.load.astype(routing.logits.dtype)
     frequency = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
     real = routing.valid[..., None]
@@ -60,6 +62,7 @@ def router_bce(routing: Routing) -> Scalar:
 
     *Source:* the first method of arXiv:2404.02258, section 3.5. The paper gives no coefficient.
     """
+    check_routing(routing)
     return _selection_bce(routing.logits[..., : routing.num_experts], routing)
 
 
@@ -72,6 +75,7 @@ def predictor_bce(routing: Routing) -> Scalar:
 
     *Source:* the second method of arXiv:2404.02258, section 3.5.
     """
+    check_routing(routing)
     if routing.predictor is None:
         raise ValueError(
             "`routing` must come from a router with a predictor, got one without. Build the layer "

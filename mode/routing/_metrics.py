@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from .._types import ExpertMask, Logits, Scalar
 from ._losses import masked_mean
-from ._record import Routing
+from ._record import Routing, check_routing
 
 
 class RoutingMetrics(eqx.Module):
@@ -45,6 +45,7 @@ def routing_metrics(routing: Routing) -> RoutingMetrics:
     >>> float(mode.routing_metrics(routing).coverage)
     0.125
     """
+    check_routing(routing)
     dtype = routing.logits.dtype
     tokens = jnp.maximum(jnp.sum(routing.valid), 1).astype(dtype)
     load = jnp.sum(routing.load.reshape(-1, routing.load.shape[-1]), axis=0).astype(dtype)
@@ -98,6 +99,7 @@ def selection_accuracy(routing: Routing, predicted: ExpertMask) -> SelectionAccu
 
     **Raises:** `ValueError` if `predicted` has another shape than `routing.selected`.
     """
+    check_routing(routing)
     if predicted.shape != routing.selected.shape:
         raise ValueError(
             f"`predicted` must have the axes [*groups, tokens, experts] of `routing`, "

@@ -107,6 +107,15 @@ class Routing(eqx.Module):
         return eqx.tree_at(lambda r: r.index, jax.tree.map(cleared, self), index)
 
 
+def check_routing(routing: object) -> None:
+    """Refuses what is not one `Routing`, such as the tuple of them that a model returns."""
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"`routing` must be one `Routing`, got {type(routing).__name__}. A model returns a "
+            "tuple of them, one per router: pass `routings[0]`, or map over the tuple."
+        )
+
+
 # What layers, models and decoding return: one record per router, in the order of the routers.
 Routings = tuple[Routing, ...]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._capacity import Capacity
 from .._types import ExpertLogits, Key, Load, SlotIndex
-from ._record import Routing
+from ._record import Routing, check_routing
 from ._selector import AbstractSelector, Assignment, RoutingInputs, first_come_first_served
 
 
@@ -117,6 +117,7 @@ class Replay(AbstractSelector):
     max_capacity: ClassVar[Capacity | None] = None
 
     def __init__(self, routing: Routing) -> None:
+        check_routing(routing)
         # Only integers are kept, so that no optimizer takes a recorded weight for a parameter.
         self.index = routing.index
         self.load = routing.load
