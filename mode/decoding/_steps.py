@@ -92,7 +92,8 @@ def decode_step(
 
     **Raises:** `ValueError` for another number of tokens than sequences, a `state` of another
     model, or one that was donated before; `equinox.EquinoxRuntimeError` when run for a sequence
-    that already has `max_tokens` tokens. After a token that is no id, the logits are NaN.
+    that already has `max_tokens` tokens. After a token that is no id, the logits are NaN. (The
+    check when run is a call to the host: to export a program, set `EQX_ON_ERROR=off`.)
     """
     check_model(model)
     batch = check_state(state)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -380,3 +381,35 @@ def test_what_the_commands_refuse(
     assert "`recipe.clip` must be finite, got nan" in refusal("train", *out, "--recipe.clip", "nan")
     assert "`seed` must be below 4294967296" in refusal("train", *out, "--seed", f"{2**64}")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_log_has_device_parameters_data_speed_and_time_left(
+    tmp_path: Path, texts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the first step on, and every so many steps, where the output is no terminal."""
+    words = ["train", "--out", str(tmp_path / "run"), "--data", texts, *FLAGS, "--log-every", "9"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert re.fullmatch(
+        r"\d+ x .*; [\d,]+ parameters; 11 files to train on \([\d,]+ bytes\), 1 held out\.",
+        lines[0],
+    )
+    steps = [int(match[1]) for match in re.finditer(r"step (\d+) of 25, \d", printed)]
+    assert steps[0] == 1
+    assert {9, 18, 25} <= set(steps)
+    assert re.search(r"step 18 .* [\d,]+ tokens per second, \d:\d\d:\d\d left", printed)
+
+
+def test_causally_a_trained_model_computes_its_capacity(whole: Path, texts: str) -> None:
+    """Thresholds are calibrated at the end, and what differs by more than a tenth is said."""
+    result = read_record(whole / "result.json", run.TrainResult)
+    (router,) = result.evaluation.routers
+    assert "causally its routers" not in result.held_out or not (
+        0.9 <= router.compute_causal / router.compute_top_k <= 1.1
+    )
+    for ratio, says in ((1.09, False), (1.11, True), (0.91, False), (0.89, True)):
+        far = dataclasses.replace(router, compute_top_k=0.125, compute_causal=0.125 * ratio)
+        evaluation = dataclasses.replace(result.evaluation, routers=(far,))
+        text = result.model_copy(update={"evaluation": evaluation}).held_out
+        assert (f"{0.125 * ratio:.3f} slots per token instead of 0.125" in text) == says
