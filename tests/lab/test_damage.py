@@ -54,7 +54,7 @@ FOLDERS = {
     "claims": "sweep",
 }
 # Commands that compile are drawn less often.
-WEIGHTS = [3, 1, 1, 1, 5, 5, 5]
+WEIGHTS = [3, 1, 0.5, 0.5, 6, 6, 6]
 
 
 @pytest.fixture(scope="module")
