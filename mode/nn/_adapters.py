@@ -26,7 +26,7 @@ def map_rows(
 
 
 # Modules of Equinox that map one vector.
-_OF_VECTORS = (eqx.nn.MLP, eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GRUCell)
+_OF_VECTORS = (eqx.nn.MLP, eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
 class Delta(AbstractBlock):
