@@ -19,14 +19,22 @@ def check_out(out: Path) -> None:
 def claim(out: Path, settings: Record, *, besides: Collection[str] = ()) -> None:
     """Makes `out` the folder of a run with these settings, or checks that it already is.
 
-    **Raises:** `ValueError` where it is no folder, or as `check_same` does.
+    **Raises:** `ValueError` as `check_claim`.
+    """
+    check_claim(out, settings, besides=besides)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / _NAME).exists():
+        write_record(out / _NAME, settings)
+
+
+def check_claim(out: Path, settings: Record, *, besides: Collection[str] = ()) -> None:
+    """Checks that `out` belongs to a run with these settings, or to none. Writes nothing.
+
+    **Raises:** `ValueError` where it belongs to another run, or is no folder.
     """
     check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
     if (out / _NAME).exists():
         check_same(out, read_settings(out, type(settings)), settings, besides=besides)
-    else:
-        write_record(out / _NAME, settings)
 
 
 def check_same(out: Path, there: Record, settings: Record, *, besides: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from .data import Corpus, held_out_batches, read_corpus
 from .devices import by_lead, device_names, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
 from .files import FloatOrNaN, Record, read_record, write_record
-from .folder import check_out, check_same, claim, read_settings
+from .folder import check_claim, check_out, check_same, claim, read_settings
 from .options import Size, absolute_glob
 from .step import TrainState, begin
 from .train import Progress, Saving, train
@@ -108,13 +108,15 @@ def train_arm(
     like = _like(training, mesh)  # before anything is written: it finds sizes that do not fit
     options = dataclasses.replace(training, data=absolute_glob(training.data))
     settings = TrainSettings(options=options, corpus=corpus.fingerprint)
-    by_lead(lambda: claim(out, settings, besides=_BESIDES))
+    check_claim(out, settings, besides=_BESIDES)
     checkpoints = Checkpoints(out / "checkpoints", training.keep)
     restored = checkpoints.newest(like, partial(say, console))
     start = None
-    if restored is not None:
+    if restored is not None:  # of this run, even where its settings are missing
         step, state, notes = restored
         check_same(out, notes.settings, settings, besides=_BESIDES)
+    by_lead(lambda: claim(out, settings, besides=_BESIDES))
+    if restored is not None:
         start = Progress(state, notes.stream, list(notes.losses))
         say(console, f"{arm.name}: goes on from step {step}.")
 

@@ -202,3 +202,18 @@ def test_the_table_of_numbers_is_that_of_python() -> None:
     """The values of the walk are what they say."""
     assert math.isnan(float("nan"))
     assert int("1" + "0" * 30) == 10**30
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--seeds", "9"], ["--base.dim", "8"], ["--rates", "0.5"], ["--held-out", "3"]],
+    ids=" ".join,
+)
+def test_a_preset_takes_no_sizes_of_others(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would be ignored."""
+    out = tmp_path / "sweep"
+    assert main(["isoflop", "--out", str(out), "--preset", "tiny", *words]) == 2
+    assert f"{words[0].partition('.')[0]} must be left out" in capsys.readouterr().err
+    assert not out.exists()

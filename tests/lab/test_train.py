@@ -413,3 +413,18 @@ def test_causally_a_trained_model_computes_its_capacity(whole: Path, texts: str)
         evaluation = dataclasses.replace(result.evaluation, routers=(far,))
         text = result.model_copy(update={"evaluation": evaluation}).held_out
         assert (f"{0.125 * ratio:.3f} slots per token instead of 0.125" in text) == says
+
+
+def test_settings_that_are_missing_do_not_become_others(
+    whole: Path, tmp_path: Path, texts: str
+) -> None:
+    """Without config.json the checkpoints say what the run is, and nothing is written for another."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "config.json").unlink()
+    other = dataclasses.replace(training(out, texts), seed=1)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        run.run_training(other, quiet())
+    assert not (out / "config.json").exists()
+    run.run_training(training(out, texts), quiet())
+    assert losses(out) == losses(whole)

@@ -13,6 +13,17 @@ def chosen(options: Isoflop) -> Preset:
     or rates, or with one that repeats or is unknown.
     """
     if not (options.arms or options.sizes or options.budgets):
+        usual = Isoflop()
+        ignored = [
+            f"--{name.replace('_', '-')}"
+            for name in ("seeds", "rates", "held_out", "base")
+            if getattr(options, name) != getattr(usual, name)
+        ]
+        if ignored:
+            raise ValueError(
+                f"{', '.join(ignored)} must be left out with a preset, which has its own. Give "
+                "`--arms`, `--sizes` and `--budgets` for a sweep of your own."
+            )
         if options.preset in PRESETS:
             return PRESETS[options.preset]
         raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {options.preset!r}.")
