@@ -115,10 +115,9 @@ def train_arm(
     if restored is not None:  # of this run, even where its settings are missing
         step, state, notes = restored
         check_same(out, notes.settings, settings, besides=_BESIDES)
-    by_lead(lambda: claim(out, settings, besides=_BESIDES))
-    if restored is not None:
         start = Progress(state, notes.stream, list(notes.losses))
         say(console, f"{arm.name}: goes on from step {step}.")
+    by_lead(lambda: claim(out, settings, besides=_BESIDES))
 
     def save(now: Progress) -> None:
         step = len(now.losses)

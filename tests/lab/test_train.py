@@ -418,7 +418,7 @@ def test_causally_a_trained_model_computes_its_capacity(whole: Path, texts: str)
 def test_settings_that_are_missing_do_not_become_others(
     whole: Path, tmp_path: Path, texts: str
 ) -> None:
-    """Without config.json the checkpoints say what the run is, and nothing is written for another."""
+    """Without config.json the checkpoints say what the run is; no other run is written there."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "config.json").unlink()

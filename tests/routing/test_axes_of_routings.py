@@ -12,7 +12,7 @@ import pytest
 from jaxtyping import Array, Int
 
 import mode
-from tests.helpers import hidden_states
+from tests.helpers import assert_close, hidden_states
 
 
 QUICK = True
@@ -30,7 +30,7 @@ def test_a_vmapped_model_updates_the_state_of_its_layers(batch: int) -> None:
     model, tokens = model_and_text(batch)
     expected = mode.routers(mode.update_router_state(model, model(tokens)[1]))[0].state
     got = mode.routers(mode.update_router_state(model, jax.vmap(model)(tokens)[1]))[0].state
-    np.testing.assert_array_equal(got.threshold, expected.threshold)
+    assert_close(got.threshold, expected.threshold)
     assert got.updates.tolist() == [1, 1]
     assert abs(expected.threshold[0, 0] - expected.threshold[1, 0]) > 0.001  # layers differ
 
@@ -45,7 +45,7 @@ def test_micro_batches_are_one_step() -> None:
 
     for routings in (scanned(tokens), jax.vmap(scanned)(tokens.reshape(2, 4, 32))):
         got = mode.routers(mode.update_router_state(model, routings))[0].state
-        np.testing.assert_array_equal(got.threshold, expected.threshold)
+        assert_close(got.threshold, expected.threshold)
 
 
 def test_causal_selection_has_the_axes_of_the_routing() -> None:
@@ -82,7 +82,7 @@ def test_a_layer_of_its_own_may_be_vmapped() -> None:
         mode.update_router_state(layer, call(x)[1]).router.state.threshold
         for call in (layer, jax.vmap(layer))
     ]
-    np.testing.assert_array_equal(*states)
+    assert_close(*states)
 
 
 def test_routings_of_another_depth_are_refused() -> None:
