@@ -14,7 +14,7 @@ def exact_fraction(name: str, value: Capacity) -> Fraction:
 
     Its author meant that number; its binary value would put `400 * 1.1 / 8` above 55.
     """
-    if not is_finite(value) or value <= 0:
+    if not is_finite(value) or isinstance(value, bool) or value <= 0:
         raise ValueError(
             f"`{name}` must be a finite number above 0, got {value!r}. "
             "It is slots per token of a group; 0.125 selects one token in eight."

@@ -78,8 +78,17 @@ def check_kept_shape(name: str, got: tuple[int, ...], given: tuple[int, ...]) ->
         )
 
 
+def check_array(name: str, value: object) -> None:
+    """Checks that `value` is an array, and not a list of numbers."""
+    if not hasattr(value, "ndim"):
+        raise ValueError(
+            f"`{name}` must be an array, got {type(value).__name__}. `jnp.asarray` makes one."
+        )
+
+
 def check_hidden(x: Hidden, dim: int | None = None) -> None:
     """Checks that `x` holds the hidden states of at least one token, with `dim` features."""
+    check_array("x", x)
     if x.ndim < 2:
         raise ValueError(
             f"`x` must have the axes [*groups, tokens, dim], got shape {x.shape}. "

@@ -73,13 +73,15 @@ def check_tokens(name: str, tokens: Any) -> NewTokens:
     return tokens
 
 
-def check_range(name: str, values: Array, least: int, most: int) -> None:
+def check_range(name: str, values: Array, least: int, most: Array | int) -> None:
     """Refuses integers outside a range, where they are known."""
-    if not is_known(values):
+    if not (is_known(values) and is_known(most)):
         return
-    known = np.asarray(values)
-    if known.min() < least or known.max() > most:
-        raise ValueError(f"`{name}` must be from {least} to {most}, got {known.tolist()}.")
+    known, upper = np.asarray(values), np.asarray(most)
+    if np.any(known < least) or np.any(known > upper):
+        raise ValueError(
+            f"`{name}` must be from {least} to {upper.tolist()}, got {known.tolist()}."
+        )
 
 
 def per_sequence(name: str, values: Any, batch: int, default: Any = None) -> Array:

@@ -23,6 +23,8 @@ class Sampler(eqx.Module):
     - `top_p`: of those, keep the fewest whose probabilities, renormalised, reach `top_p`; at least
         one, and all of them at 1.
 
+    Of logits that are no distribution, with NaN, plus infinity or no finite number, it draws -1.
+
     **Raises:** `ValueError` for a `temperature` that is negative or not finite, `top_k` below 1,
     or `top_p` outside (0, 1]; at the call, where `temperature` is above 0 and there is no `key`.
 
@@ -50,12 +52,12 @@ class Sampler(eqx.Module):
         given = isinstance(temperature, jax.Array)  # then its number may not be known yet
         if not given and not (is_finite(temperature) and temperature >= 0):
             raise ValueError(
-                f"`temperature` must be a finite number of at least 0, got {temperature}. "
+                f"`temperature` must be a finite number of at least 0, got {temperature!r}. "
                 "0 takes the likeliest token."
             )
         if not isinstance(top_p, jax.Array) and not (is_finite(top_p) and 0 < top_p <= 1):
             raise ValueError(
-                f"`top_p` must be above 0 and at most 1, got {top_p}. 1.0 keeps every token."
+                f"`top_p` must be above 0 and at most 1, got {top_p!r}. 1.0 keeps every token."
             )
         self.top_k = None if top_k is None else check_count("top_k", top_k, 1)
         # At 0 there is nothing to draw, and at 1 nothing to sort: other programs than for the rest.
@@ -67,8 +69,9 @@ class Sampler(eqx.Module):
 
     def __call__(self, logits: Float[Array, " vocab"], key: Key = None) -> Int[Array, ""]:
         """`logits`: `[vocab]`, of one sequence; `jax.vmap` with a key for each of them keeps a
-        sequence's text independent of its neighbours. Returns a token id; -1, which is none, for
-        logits that are no distribution: NaN or plus infinity among them, or no finite one."""
+        sequence's text independent of its neighbours. Returns a token id."""
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ValueError(f"`logits` must be of a floating dtype, got {logits.dtype}.")
         top = jnp.max(logits)  # NaN where any is
         return jnp.where(jnp.isfinite(top), self._draw(logits, key), -1)
 

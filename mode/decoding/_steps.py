@@ -6,9 +6,10 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._checks import check_count
+from .._checks import check_count, is_known
 from .._types import Sequences
 from ..models import Transformer
 from ..nn import Routings, map_caches
@@ -119,7 +120,8 @@ def decode_tokens(
     **Returns:** `(logits, state, routings)`: logits, `[batch, new, vocab]`, of the token after each
     new one; the state and the routings as `decode_step` returns them.
 
-    **Raises:** as `decode_step`; `ValueError` for lengths outside 0 to `new`.
+    **Raises:** as `decode_step`; `ValueError` for lengths outside 0 to `new`, ids outside the
+    vocabulary, and more tokens than the caches take.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
@@ -141,6 +143,14 @@ def decode_tokens(
         )
     lengths = per_sequence("lengths", lengths, batch, tokens.shape[1]).astype(jnp.int32)
     check_range("lengths", lengths, 0, tokens.shape[1])
+    if is_known(lengths) and is_known(state.length):  # before the caches are donated
+        model.check_ids("tokens", tokens, np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
+        longest = int(np.max(np.asarray(state.length) + np.asarray(lengths)))
+        if longest > state.max_tokens:
+            raise ValueError(
+                f"`tokens` must fit into the cache of max_tokens={state.max_tokens}, got up to "
+                f"{longest} tokens with those before. Prefill with a larger `max_tokens`."
+            )
     return _pass(advance_all, model, state, tokens, lengths)
 
 
@@ -156,10 +166,10 @@ def rewind(
     - `logits`: `[batch, vocab]`, of the token after the last one that is kept.
 
     **Raises:** `ValueError` for a state that was donated before, shapes of another batch, and
-    lengths that are negative or above `max_tokens`.
+    lengths that are negative or above those of the state.
     """
     lengths = per_sequence("lengths", lengths, check_state(state)).astype(jnp.int32)
-    check_range("lengths", lengths, 0, state.max_tokens)
+    check_range("lengths", lengths, 0, state.length)
     if logits.shape != state.logits.shape:
         raise ValueError(
             f"`logits` must be those of one token per sequence, {state.logits.shape}, got "

@@ -82,7 +82,12 @@ def run_rereport(rereport: Rereport, console: Console) -> None:
     from .evidence.report import report_sweep
 
     out = rereport.out
-    is_sweep = settings_format(out) == SweepSettings.format
+    there = settings_format(out)
+    if there not in (SweepSettings.format, AblationSettings.format):
+        raise ValueError(
+            f"`out` must be the folder of `mode-lab ablate` or `isoflop`, got {out}, of {there!r}."
+        )
+    is_sweep = there == SweepSettings.format
     (report_sweep if is_sweep else report)(out, console)
 
 

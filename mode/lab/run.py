@@ -56,7 +56,7 @@ class TrainResult(Record):
         text = f"held out {bits:.3f} bits per byte, causal {causal:.3f}"
         # Not at equal compute, the second number says little.
         far = [
-            f"{router.compute_causal:.3f} slots per token instead of {router.compute_top_k:.3f}"
+            f"{router.compute_causal:.3f} slots per token, under top-k {router.compute_top_k:.3f}"
             for router in self.evaluation.routers
             if not 0.9 <= router.compute_causal / router.compute_top_k <= 1.1
         ]

@@ -111,7 +111,11 @@ def stack_layers(
     >>> hidden.shape, stack.depth
     ((2, 16, 32), 6)
     """
-    check_count("period", len(period), 1)
+    if not isinstance(period, Sequence) or not period:
+        raise ValueError(
+            "`period` must be a list of functions, at least one, each of which builds a layer from "
+            f"a key, got {period!r}."
+        )
     repeats = check_count("repeats", repeats, 1)
     keys = jax.random.split(key, (repeats, len(period)))
     layers = tuple(_build(make, keys[:, index]) for index, make in enumerate(period))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_count, is_known
+from .._checks import check_array, check_count, is_known
 from .._dtypes import float32_or_wider
 from .._linear import Linear, RMSNorm, project
 from .._token_info import TokenInfo, resolve_info
@@ -100,6 +100,7 @@ class Transformer(eqx.Module):
         logits at its position are NaN, and those of the whole sequence once a block that attends
         has computed it.
         """
+        check_array("tokens", tokens)
         if tokens.ndim < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "`tokens` must be integers with the axes [*groups, tokens], got shape "

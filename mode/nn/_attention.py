@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_count, check_hidden, type_name
+from .._checks import check_count, check_hidden, is_finite, type_name
 from .._dtypes import float32_or_wider
 from .._linear import Linear
 from .._token_info import TokenInfo
@@ -58,6 +58,7 @@ class Attention(AbstractBlock):
         key: PRNGKeyArray,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_count("dim", dim, 1)
         check_count("num_heads", num_heads, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
         if dim % num_heads or (dim // num_heads) % 2:
@@ -70,6 +71,10 @@ class Attention(AbstractBlock):
             raise ValueError(
                 f"`num_heads` must be divisible by `num_kv_heads`, got {num_heads} and "
                 f"{num_kv_heads}. Each key-value head serves the same number of query heads."
+            )
+        if rope_theta is not None and not (is_finite(rope_theta) and rope_theta > 0):
+            raise ValueError(
+                f"`rope_theta` must be a finite number above 0, or None, got {rope_theta!r}."
             )
         if isinstance(attend, type) or not callable(attend):
             raise ValueError(

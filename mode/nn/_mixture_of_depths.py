@@ -149,7 +149,8 @@ class MixtureOfDepths(AbstractLayer):
         """
         assert isinstance(cache, Cache)
         check_hidden(x, self.router.dim)
-        _check_select(self.router.select)  # it may have been swapped since
+        _check_select(self.router.select)  # it and the capacity may have been swapped since
+        check_capacity(self.router.capacity)
         router_key, block_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("mode.MixtureOfDepths"):
             if cache.is_empty and cache.max_tokens is not None:

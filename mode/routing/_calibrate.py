@@ -57,8 +57,16 @@ def calibrate_thresholds(model: PyTree, *batches: Any) -> PyTree:
     >>> round(mode.routing_metrics(model(text)[1][0]).compute.item(), 3)
     0.125
     """
+    if not callable(model):
+        raise ValueError(f"`model` must be called with a batch, got {type(model).__name__}.")
     if not batches:
         raise ValueError("`batches` must hold at least one batch, got none.")
+    for batch in batches:
+        if not (isinstance(batch, tuple) or hasattr(batch, "ndim")):
+            raise ValueError(
+                "`batches` must each be an array or a tuple of arguments, got "
+                f"{type(batch).__name__}. Of a list of batches, pass `*batches`."
+            )
 
     def measured(router: Router) -> Router:
         select = router.select

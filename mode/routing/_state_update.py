@@ -33,7 +33,8 @@ def update_router_state(
 
     **Arguments:**
 
-    - `model`, `routings`: as in `map_router_routings`.
+    - `model`, `routings`: as in `map_router_routings`. Micro-batches are one step where their
+        routings are stacked: by `jax.lax.scan`, or `jax.tree.map(lambda *r: jnp.stack(r), *parts)`.
     - `quantile_rate`: $\rho$, between 0 and 1.
     - `bias_rate`: $u$, in units of a logit.
 

@@ -124,6 +124,12 @@ def map_router_routings(
             "`routings` must be the tuple that the model's call returned, one routing per router, "
             f"got a single {type(routings).__name__}. Pass `(routing,)`."
         )
+    other = next((part for part in routings if not isinstance(part, Routing)), None)
+    if other is not None:
+        raise ValueError(
+            "`routings` must be the tuple of `Routing` that the model's call returned, got "
+            f"{type(other).__name__} in it. It is the second of the two results: `model(x)[1]`."
+        )
     own = routers(model)
     if len(own) != len(routings):
         raise ValueError(

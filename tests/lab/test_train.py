@@ -412,7 +412,7 @@ def test_causally_a_trained_model_computes_its_capacity(whole: Path, texts: str)
         far = dataclasses.replace(router, compute_top_k=0.125, compute_causal=0.125 * ratio)
         evaluation = dataclasses.replace(result.evaluation, routers=(far,))
         text = result.model_copy(update={"evaluation": evaluation}).held_out
-        assert (f"{0.125 * ratio:.3f} slots per token instead of 0.125" in text) == says
+        assert (f"{0.125 * ratio:.3f} slots per token, under top-k 0.125" in text) == says
 
 
 def test_settings_that_are_missing_do_not_become_others(
