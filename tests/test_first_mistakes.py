@@ -38,6 +38,11 @@ def state() -> mode.DecodeState:
     return mode.prefill(mode.make_causal(small()), tokens(), max_tokens=20)[0]
 
 
+def wrong(value: object) -> Any:
+    """A value whose type a checker would refuse."""
+    return value
+
+
 def mlp(size: int) -> eqx.nn.MLP:
     """A module of one vector."""
     return eqx.nn.MLP(size, size, size, 1, key=KEY)
@@ -45,25 +50,28 @@ def mlp(size: int) -> eqx.nn.MLP:
 
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "the whole result for its routings": (
-        lambda: mode.update_router_state(small(), small()(tokens())),
+        lambda: mode.update_router_state(small(), wrong(small()(tokens()))),
         r"got .*Array.* in it\. It is the second",
     ),
     "a single routing": (
-        lambda: mode.update_router_state(small(), small()(tokens())[1][0]),
+        lambda: mode.update_router_state(small(), wrong(small()(tokens())[1][0])),
         r"got a single Routing\. Pass `\(routing,\)`",
     ),
     "all routings for one": (
-        lambda: mode.routing_metrics(small()(tokens())[1]),
+        lambda: mode.routing_metrics(wrong(small()(tokens())[1])),
         r"`routing` must be one `Routing`, got tuple\. .* `routings\[0\]`",
     ),
     "the same in a loss": (
-        lambda: mode.router_z_loss(small()(tokens())[1]),
+        lambda: mode.router_z_loss(wrong(small()(tokens())[1])),
         "must be one `Routing`",
     ),
-    "the same in a replay": (lambda: mode.Replay(small()(tokens())[1]), "must be one `Routing`"),
-    "a list of ids": (lambda: small()([[1, 2, 3]]), "`tokens` must be an array, got list"),
+    "the same in a replay": (
+        lambda: mode.Replay(wrong(small()(tokens())[1])),
+        "must be one `Routing`",
+    ),
+    "a list of ids": (lambda: small()(wrong([[1, 2, 3]])), "`tokens` must be an array, got list"),
     "a list of hidden states": (
-        lambda: mode.Residual(mode.PositionWise(jnp.tanh))([[1.0], [2.0]]),
+        lambda: mode.Residual(mode.PositionWise(jnp.tanh))(wrong([[1.0], [2.0]])),
         "`x` must be an array, got list",
     ),
     "a list of batches": (
@@ -75,7 +83,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         "`model` must be called with a batch",
     ),
     "a function for a list of functions": (
-        lambda: mode.Transformer(32, 16, period=lambda key: small(), key=KEY),
+        lambda: mode.Transformer(32, 16, period=wrong(lambda key: small()), key=KEY),
         "`period` must be a list of functions",
     ),
     "no function": (lambda: mode.Transformer(32, 16, period=[], key=KEY), "at least one, .* got"),
