@@ -428,3 +428,29 @@ def test_settings_that_are_missing_do_not_become_others(
     assert not (out / "config.json").exists()
     run.run_training(training(out, texts), quiet())
     assert losses(out) == losses(whole)
+
+
+def test_a_folder_of_any_name_from_any_place(
+    whole: Path, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets are no glob and no markup, letters need no encoding, and paths may be relative.
+
+    The same text under another path is the same run.
+    """
+    out = tmp_path / "runs" / "[v1] [b] läufe"
+    shutil.copytree(whole, out)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = os.path.relpath(texts, os.getcwd())
+    words = ["train", "--out", f"../runs/{out.name}", "--data", data, *FLAGS]
+    ended = subprocess.run(
+        [sys.executable, "-m", "mode.lab", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert f"goes on from step {STEPS}" in ended.stdout
+    assert r"--checkpoint '../runs/[v1] [b] l\xe4ufe'" in ended.stdout
+    assert run.load_run(out, quiet()).steps == STEPS
+    assert losses(out) == losses(whole)
