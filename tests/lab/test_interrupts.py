@@ -67,7 +67,7 @@ def interrupted(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("count", [1, 30, 300, 900])
+@pytest.mark.parametrize("count", [1, 30, 300, 600])
 def test_while_modules_are_imported(
     number: int, count: int, tmp_path: Path, texts: str, cache: dict[str, str]
 ) -> None:

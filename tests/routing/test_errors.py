@@ -1,6 +1,7 @@
 """Errors of routing: each names the argument, the rule, the value and the fix."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -112,6 +113,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "strided beyond 32 bits": (
         lambda: route(plain_router(select=mode.Strided(), capacity=1), 2**16),
         r"`Strided` counts in 32-bit integers: .* got 65536 \* 65537",
+    ),
+    "strided with a phase beyond 32 bits": (  # the largest rank is tokens * slots + tokens - 1
+        lambda: route(
+            plain_router(select=mode.Strided(), capacity=Fraction(2**15, 2**16 - 1)), 2**16 - 1
+        ),
+        r"tokens \* \(slots \+ 1\) must be below 2\*\*31, got 65535 \* 32769",
     ),
     "a pair without a gradient": (
         lambda: plain_router(

@@ -78,6 +78,20 @@ def test_metrics(name: str) -> None:
     assert_close(got.drop_rate, (load[..., :experts].sum() - filled) / requested)
     assert_close(got.noop_rate, load[..., experts:].sum() / requested)
     assert_close(got.entropy, ref.router_entropy(logits, valid))
+    exponentials = np.exp(parts(routing)[0])  # without the choice that stands for "not selected"
+    noop = (exponentials[..., experts:].sum(-1) / exponentials.sum(-1))[valid].mean()
+    assert_close(got.noop_probability, noop)
+    assert (noop > 0) == (routing.logits.shape[-1] > experts)
+
+
+def test_a_choice_that_is_masked_counts_nothing() -> None:
+    """A scorer may give minus infinity to an expert; the entropy is that of the others."""
+    routing = draw_routing(44, 2, noop=1)
+    masked = eqx.tree_at(lambda r: r.logits, routing, routing.logits.at[..., 0].set(-jnp.inf))
+    got = mode.routing_metrics(masked)
+    valid = np.asarray(routing.valid)
+    assert_close(got.entropy, ref.router_entropy(f64(routing.logits)[..., 1:], valid))
+    assert jnp.isfinite(got.noop_probability)
 
 
 @each_routing
