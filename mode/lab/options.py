@@ -135,10 +135,12 @@ def check_options(options: Options) -> Options:
 
 
 def _rule(error: Any) -> str:
-    bounds = error.get("ctx", {})
+    value, bounds = error["input"], error.get("ctx", {})
+    if isinstance(value, float) and not math.isfinite(value):
+        return "finite"
     for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if name in bounds:
-            return "finite" if bounds[name] == math.inf else f"{words} {bounds[name]:.12g}"
+            return f"{words} {bounds[name]:.12g}"
     return error["msg"].removeprefix("Input should be ")
 
 

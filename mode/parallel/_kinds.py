@@ -22,7 +22,7 @@ def parameter_kinds(model: PyTree) -> PyTree[Kind | None]:
     **Arguments:**
 
     - `model`: a model, its parameters alone, or their shapes; of an ensemble that `vmap` made, one
-        member, as an axis in front of all others counts as one of the array.
+        of its models, as an axis in front of all others counts as one of the array.
 
     **Returns:** for every array `"embedding"`, `"head"` or `"router"` where that is its role, else
     `"matrix"`, whose last two axes are inputs and outputs, or `"vector"`; `None` for all else.

@@ -24,7 +24,7 @@ from mode.lab.evidence.report import report_sweep
 from mode.lab.evidence.sweep import list_runs, list_search, step_count, with_rates
 from mode.lab.files import DamagedFile, lock
 from mode.lab.folder import claim
-from mode.lab.options import Recipe
+from mode.lab.options import Recipe, check_options
 from mode.lab.step import make_step
 from tests.lab.helpers import quiet, repeating_texts, said
 from tests.lab.records import REFERENCE, SETTINGS, made_up
@@ -302,7 +302,7 @@ def test_a_run_that_diverges_is_not_started_again(
 def test_what_a_sweep_refuses(tmp_path: Path, texts: str) -> None:
     def refusal(**changes: Any) -> str:
         with pytest.raises(ValueError, match="must") as caught:
-            run_isoflop(isoflop(tmp_path / "new", texts, **changes), quiet())
+            run_isoflop(check_options(isoflop(tmp_path / "new", texts, **changes)), quiet())
         assert not (tmp_path / "new").exists()
         return str(caught.value)
 

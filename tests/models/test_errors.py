@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: transformer(dense(KEY)),
         r"`period` must hold functions, .*builds a layer from a key, got Residual",
     ),
-    "no layers": (lambda: transformer(), r"`period` must be at least 1, got 0"),
+    "no layers": (lambda: transformer(), "`period` must be a list of functions, at least one"),
     "neither a period nor stacks": (
         lambda: mode.Transformer(VOCAB, DIM, key=KEY),
         r"exactly one of `period` .* and `stacks`, got neither",

@@ -13,6 +13,10 @@ def chosen(options: Isoflop) -> Preset:
     or rates, or with one that repeats or is unknown.
     """
     if not (options.arms or options.sizes or options.budgets):
+        if options.preset not in PRESETS:
+            raise ValueError(
+                f"`preset` must be one of {', '.join(PRESETS)}, got {options.preset!r}."
+            )
         usual = Isoflop()
         ignored = [
             f"--{name.replace('_', '-')}"
@@ -24,9 +28,7 @@ def chosen(options: Isoflop) -> Preset:
                 f"{', '.join(ignored)} must be left out with a preset, which has its own. Give "
                 "`--arms`, `--sizes` and `--budgets` for a sweep of your own."
             )
-        if options.preset in PRESETS:
-            return PRESETS[options.preset]
-        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {options.preset!r}.")
+        return PRESETS[options.preset]
     for name in ("arms", "sizes", "budgets", "rates"):
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
