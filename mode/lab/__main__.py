@@ -80,7 +80,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _say(message: object) -> None:
-    print(f"mode-lab: {message}", file=sys.stderr, flush=True)
+    text = str(message).partition("\n--------------------\n")[0]  # behind it, a hint of JAX's
+    print(f"mode-lab: {text}", file=sys.stderr, flush=True)
 
 
 def _run(args: list[str]) -> int:
@@ -91,8 +92,8 @@ def _run(args: list[str]) -> int:
     if any("\udc80" <= letter <= "\udcff" for letter in "".join(args)):
         raise ValueError(f"arguments must be text in UTF-8, got {shlex.join(args)!r}.")
     for option, value in itertools.pairwise((*args, "none")):
-        name = option.rstrip("=")
-        if name != "--prompt" and (option.endswith("=") or not value):
+        name, is_flag = option.rstrip("="), option.startswith("--")
+        if is_flag and name != "--prompt" and (option.endswith("=") or not value):
             raise ValueError(f"`{name}` must have a value, got an empty one.")
     name, options = _parse(args)
     options = check_options(options)

@@ -172,6 +172,12 @@ def test_the_walk_sees_every_kind_of_option() -> None:
     assert not {"out", "data", "size.dtype", "arms", "size.remat"} & walked
 
 
+def test_a_value_may_end_as_an_option_does(guarded: Path) -> None:
+    """Only options are looked at for a value that is missing."""
+    with pytest.raises(Started):
+        main(["generate", "--prompt", "x = y ="])
+
+
 @pytest.mark.parametrize(
     "error",
     [TypeError("a\nb"), KeyError("x"), RecursionError(), MemoryError(), AssertionError("no")],
