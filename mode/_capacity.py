@@ -27,11 +27,11 @@ def exact_fraction(name: str, value: Capacity) -> Fraction:
     return next((c for c in candidates if type(value)(float(c)) == value), binary)
 
 
-def check_capacity(capacity: Capacity, name: str = "capacity") -> None:
+def check_capacity(capacity: Capacity) -> None:
     """Checks that `capacity` is above 0 and at most 1."""
     if not (is_finite(capacity) and 0 < capacity <= 1):
         raise ValueError(
-            f"`{name}` must be above 0 and at most 1, got {capacity!r}. It is the fraction of a "
+            f"`capacity` must be above 0 and at most 1, got {capacity!r}. It is the fraction of a "
             "group's tokens that the block computes; the paper's best is 0.125."
         )
 

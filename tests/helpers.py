@@ -1,12 +1,14 @@
-"""Seeds, tolerances, small inputs, and the weights of layers as the oracle reads them."""
+"""Seeds, tolerances, small inputs, bad numbers, and the weights of layers for the oracle."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
@@ -139,3 +141,19 @@ def oracle_block(
     return lambda x, positions, segments: ref.transformer_block_delta(
         x, params, positions, segments
     )
+
+
+# A parameter, a call with a value for it, values out of its range, and the words of the rule.
+Number = tuple[str, Callable[[Any], Any], list[Any], str]
+
+
+def each_number(numbers: Sequence[Number]) -> pytest.MarkDecorator:
+    """Makes a test of every value that is out of its range."""
+    cases = [(name, call, value, rule) for name, call, values, rule in numbers for value in values]
+    return pytest.mark.parametrize(("name", "call", "value", "rule"), cases)
+
+
+def assert_number_is_refused(name: str, call: Callable[[Any], Any], value: Any, rule: str) -> None:
+    """Checks that the error names the argument, its range and the value."""
+    with pytest.raises(ValueError, match=rf"^`{name}`.*{rule}.*got {re.escape(repr(value))}"):
+        eqx.filter_eval_shape(lambda: call(value))

@@ -27,7 +27,7 @@ NewHidden = Float[Array, "batch new dim"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelStructure:
-    """What two models must share to go on from each other's caches: structure and shapes.
+    """The structure and shapes that two models must share to go on from each other's caches.
 
     Kept in a state, so that a step knows without another trace whether its model fits.
     """

@@ -200,14 +200,14 @@ def _remove_stale(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, timeout: float = 0) -> Iterator[bool]:
+def lock(path: Path) -> Iterator[bool]:
     """Holds a lock file while the context lasts; a process that dies lets go of it.
 
-    **Returns:** whether this process holds the lock: not where another one still does after
-    `timeout` seconds. The file stays behind, empty.
+    **Returns:** whether this process holds the lock: not where another one does. The file
+    stays behind, empty.
     """
     try:
-        with filelock.FileLock(path).acquire(timeout=timeout):
+        with filelock.FileLock(path).acquire(timeout=0):
             yield True
     except filelock.Timeout:
         yield False

@@ -81,9 +81,9 @@ def train(
     """Trains `arm` for exactly `steps` steps, at least 2.
 
     `seed` is of parameters, data order and random routing. `watch` is called every `look` steps,
-    which waits for the device. With the `progress` of an earlier run of
-    the same arguments, every loss and parameter comes out as without the interruption. Where a
-    `mesh` is set, each process reads its own rows of every batch.
+    which waits for the device. With the `progress` of an earlier run of the same arguments, every
+    loss and parameter comes out as without the interruption. Where a `mesh` is set, each process
+    reads its own rows of every batch.
 
     **Raises:** `FloatingPointError` where the loss or a gradient is not finite, with the step and
     what the routers did; under `on_nonfinite="skip"` only after ten such steps in a row.
@@ -93,8 +93,7 @@ def train(
     state = begin(arm, size, recipe, seed=seed) if progress is None else progress.state
     # The last steps may be trained under other selectors; the model is returned with its own.
     structure = jax.tree.structure(state)
-    rows = {"part": jax.process_index(), "parts": jax.process_count()}
-    stream = batches(documents, length=size.length, batch=size.batch, seed=seed, **rows)
+    stream = _own_batches(documents, size, seed)
     losses = [] if progress is None else list(progress.losses)
     if progress is not None:
         stream.set_state(progress.stream)
@@ -145,6 +144,12 @@ def train(
     return Trained(model, losses, step_seconds, seconds, sum(waits, start=0.0))
 
 
+def _own_batches(documents: Documents, size: Size, seed: int) -> Any:
+    """The rows of every batch that this process reads."""
+    rows = {"part": jax.process_index(), "parts": jax.process_count()}
+    return batches(documents, length=size.length, batch=size.batch, seed=seed, **rows)
+
+
 def _calibrated(
     arm: Arm,
     model: mode.Transformer,
@@ -156,10 +161,9 @@ def _calibrated(
     """The model with thresholds of the routers as they are now, from some thousand tokens."""
     if not isinstance(arm.rule, mode.QuantileThreshold):
         return model
-    rows = {"part": jax.process_index(), "parts": jax.process_count()}
-    stream = batches(documents, length=size.length, batch=size.batch, seed=seed + 1, **rows)
+    stream, to_batch = _own_batches(documents, size, seed + 1), eqx.filter_jit(Batch.of)
     count = math.ceil(_CALIBRATION / (size.batch * size.length))
-    made = [eqx.filter_jit(Batch.of)(feed(next(stream), mesh)) for _ in range(count)]
+    made = [to_batch(feed(next(stream), mesh)) for _ in range(count)]
     return mode.calibrate_thresholds(model, *((batch.inputs, batch.info) for batch in made))
 
 

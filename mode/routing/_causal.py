@@ -110,5 +110,5 @@ def causal_selection(
 
 def _outer_first(mask: ExpertMask, routing: Routing, layers: int) -> ExpertMask:
     """Moves the axes of layers back behind those that `jax.vmap` put before them."""
-    outer = max(0, outer_axes(routing, layers))
+    outer = outer_axes(routing, layers)
     return jnp.moveaxis(mask, range(layers), range(outer, outer + layers))

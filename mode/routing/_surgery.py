@@ -97,12 +97,12 @@ def is_trainable(model: PyTree) -> PyTree[bool]:
 
 def outer_axes(routing: Routing, layers: int) -> int:
     """Returns how many axes were put before the `layers` axes of stacked layers."""
-    return routing.valid.ndim - 1 - routing.group_axes - layers
+    return max(0, routing.valid.ndim - 1 - routing.group_axes - layers)
 
 
 def _layers_first(routing: Routing, layers: int) -> Routing:
     outer = outer_axes(routing, layers)
-    if outer <= 0:
+    if not outer:
         return routing
     axes = tuple(range(layers))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, [outer + a for a in axes], axes), routing)
