@@ -65,7 +65,7 @@ def measure(name: str, tiny: bool) -> None:
         return health.loss
 
     seconds = median_seconds(once, STEPS)
-    flops = flops_per_step(arm, size)
+    flops = flops_per_step(arm, size, Recipe(ramp=0.0))
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     print(

@@ -52,6 +52,7 @@ from .parallel import (
     role_field as role_field,
 )
 from .routing import (
+    AbsoluteGate as AbsoluteGate,
     AbstractGate as AbstractGate,
     AbstractSelector as AbstractSelector,
     AbstractThreshold as AbstractThreshold,
@@ -78,6 +79,7 @@ from .routing import (
     TanhGate as TanhGate,
     TokenChoice as TokenChoice,
     calibrate_thresholds as calibrate_thresholds,
+    capacity_schedule as capacity_schedule,
     causal_selection as causal_selection,
     combine as combine,
     dispatch as dispatch,
@@ -90,6 +92,7 @@ from .routing import (
     map_routers as map_routers,
     predictor_bce as predictor_bce,
     router_bce as router_bce,
+    router_l1_loss as router_l1_loss,
     router_z_loss as router_z_loss,
     routers as routers,
     routing_metrics as routing_metrics,

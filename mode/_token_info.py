@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from ._types import Ids, TokenMask
 
@@ -12,7 +12,7 @@ class TokenInfo(eqx.Module):
     """The original position and the document of every token, in time order.
 
     It is gathered with the tokens, so that a block that sees only a few of them still rotates by
-    their true distances and attends inside one document only.
+    their true distances, attends inside one document only, and knows how much each token weighs.
 
     **Arguments:**
 
@@ -20,8 +20,12 @@ class TokenInfo(eqx.Module):
         may restart in each document.
     - `segment_ids`: `[*groups, tokens]`, the number of the document inside the sequence, from 1.
         Segment 0 is padding: never selected, never a key, counted in no loss or metric.
+    - `weight`: `[*groups, tokens]`, the routing weights that `MixtureOfDepths` gives to its block
+        (`weigh_values`), by which `Attention` multiplies the values of these tokens. `None`, for
+        whole sequences, leaves them as they are.
 
-    **Raises:** `ValueError` if the two shapes differ or a dtype is not an integer dtype.
+    **Raises:** `ValueError` if the shapes differ, positions or segments are not integers, or
+    weights are not floating-point numbers.
 
     >>> info = TokenInfo.packed(jnp.array([1, 1, 1, 2, 2, 0]))
     >>> info.positions.tolist(), info.valid.tolist()
@@ -30,6 +34,7 @@ class TokenInfo(eqx.Module):
 
     positions: Ids
     segment_ids: Ids
+    weight: Float[Array, "*groups tokens"] | None = None
 
     def __check_init__(self) -> None:
         if self.positions.shape != self.segment_ids.shape:
@@ -41,6 +46,18 @@ class TokenInfo(eqx.Module):
             dtype = getattr(self, name).dtype
             if not jnp.issubdtype(dtype, jnp.integer):
                 raise ValueError(f"`{name}` must be of an integer dtype, got {dtype}.")
+        weight = self.weight
+        if weight is not None and (
+            weight.shape != self.positions.shape or not jnp.issubdtype(weight.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"`weight` must be floating-point numbers of the shape of `positions`, "
+                f"{self.positions.shape}, got {weight.dtype} of shape {weight.shape}."
+            )
+
+    def with_weight(self, weight: Float[Array, "*groups tokens"] | None) -> "TokenInfo":
+        """Returns a copy with these weights, or without any."""
+        return TokenInfo(self.positions, self.segment_ids, weight)
 
     @property
     def valid(self) -> TokenMask:

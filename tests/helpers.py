@@ -114,7 +114,7 @@ def oracle_options(attend: Callable[..., Any]) -> ref.AttentionOptions:
 def oracle_block(
     block: mode.TransformerBlock, feedforward: Callable[[ref.Floats], ref.Floats] | None = None
 ) -> ref.Block:
-    """A transformer block with its weights, as the oracle's `(x, positions, segment_ids)`.
+    """A transformer block with its weights, as the oracle's `(x, positions, segment_ids, weights)`.
 
     `feedforward` replaces one that is not position-wise.
     """
@@ -138,8 +138,8 @@ def oracle_block(
         theta=attention.rope_theta,
         options=oracle_options(attention.attend),
     )
-    return lambda x, positions, segments: ref.transformer_block_delta(
-        x, params, positions, segments
+    return lambda x, positions, segments, weights=None: ref.transformer_block_delta(
+        x, params, positions, segments, weights
     )
 
 

@@ -15,11 +15,12 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from mode.lab.evidence.frame import PAIR, Interval, Runs, to_frame
+from mode.lab.evidence.frame import PAIR, Runs, to_frame
 from mode.lab.evidence.records import Store, SweepSettings
 from mode.lab.figures import INK, PAGE, arm_colour, caption, save_figure
 from mode.lab.files import write_text
 from mode.lab.folder import read_settings
+from mode.lab.intervals import Interval
 from mode.lab.tables import to_markdown
 
 

@@ -21,6 +21,7 @@ _NEEDED += ("rich", "scipy", "tabulate", "tyro")
 _COMMANDS = {
     "ablate": ("commands:Ablation", "ablate:run_ablation"),
     "report": ("commands:Rereport", "ablate:run_rereport"),
+    "tasks": ("commands:Tasks", "tasks.command:run_tasks"),
     "train": ("commands:Training", "run:run_training"),
     "generate": ("commands:Generating", "generate:run_generation"),
     "analyze": ("commands:Analysis", "analyze:run_analysis"),
@@ -32,6 +33,7 @@ _COMMANDS = {
 _DEBUG = "MODE_LAB_DEBUG"
 _GOES_ON = {
     "ablate": " The same command goes on after the last finished arm.",
+    "tasks": " The same command goes on after the last finished run.",
     "train": " The same command goes on from the last checkpoint.",
     "isoflop": " The same command goes on after the last finished run.",
 }

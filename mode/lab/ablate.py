@@ -11,7 +11,7 @@ from rich.console import Console
 from .arms import NAMES, arm_named, arms_named
 from .budget import flops_per_step, steps_for, training_budget
 from .checkpoint import TrainSettings
-from .commands import Ablation as Ablation, Rereport, Training
+from .commands import Ablation as Ablation, Rereport, Tasks, Training
 from .console import progress, say
 from .data import read_corpus
 from .files import Record
@@ -19,6 +19,14 @@ from .folder import check_out, claim, read_settings, settings_format
 from .options import absolute_glob, command_line
 from .report import write_report
 from .run import load_result, train_arm
+from .tasks.command import train_tasks
+from .tasks.records import TaskSettings
+from .tasks.report import report_tasks
+
+
+# The two comparisons: runs that spend equal training FLOPs, and runs of equal steps.
+EQUAL_FLOPS, EQUAL_STEPS = "equal FLOPs", "equal steps"
+_RECALL = "recall"  # the folder of the task
 
 
 class AblationSettings(Record):
@@ -30,17 +38,29 @@ class AblationSettings(Record):
     options: Ablation
     corpus: str
 
-    def arm(self, out: Path, name: str) -> TrainSettings:
-        """The settings of an arm's run, in the folder `out` of the ablation.
+    def runs(self, out: Path) -> dict[str, dict[str, TrainSettings]]:
+        """The settings of all runs, by comparison and arm, in the folder `out` of the ablation.
+
+        At equal steps, those of the dense arm, are the runs that say what part of the worth of the
+        routed blocks an arm recovers.
 
         **Raises:** `ValueError` for a budget of less than two steps.
         """
-        budget = training_budget(self.options.budget, self.options.size)
-        per_step = flops_per_step(arm_named(name), self.options.size)
-        steps = steps_for(arm_named(name), budget, per_step)
+        names = self.options.arms
+        runs = {EQUAL_FLOPS: {name: self._run(out / "arms", name, name) for name in names}}
+        if {"dense", "left-out"} <= set(names):
+            some = [name for name in names if name == "left-out" or arm_named(name).recovers]
+            equal = {name: self._run(out / "equal-steps", name, "dense") for name in some}
+            runs[EQUAL_STEPS] = {"dense": runs[EQUAL_FLOPS]["dense"], **equal}
+        return runs
+
+    def _run(self, folder: Path, name: str, steps_of: str) -> TrainSettings:
+        arm, size = arm_named(steps_of), self.options.size
+        budget = training_budget(self.options.budget, size)
+        steps = steps_for(arm, budget, flops_per_step(arm, size, self.options.recipe))
         alike = ("data", "seed", "held_out", "size", "recipe")
         shared = {field: getattr(self.options, field) for field in alike}
-        options = Training(out / "arms" / name, name, steps, save_every=steps, keep=1, **shared)
+        options = Training(folder / name, name, steps, save_every=steps, keep=1, **shared)
         return TrainSettings(options=options, corpus=self.corpus)
 
 
@@ -49,28 +69,44 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
 
     **Raises:** `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite.
     """
-    names = [arm.name for arm in arms_named(ablation.arms)]
+    names = tuple(arm.name for arm in arms_named(ablation.arms))
     out = ablation.out
     check_out(out)
     corpus = read_corpus(ablation.data, length=ablation.size.length)
-    options = dataclasses.replace(ablation, data=absolute_glob(ablation.data))
+    options = dataclasses.replace(ablation, data=absolute_glob(ablation.data), arms=names)
     settings = AblationSettings(options=options, corpus=corpus.fingerprint)
-    arms = {name: settings.arm(out, name) for name in names}  # before anything is written
-    claim(out, settings, besides=("out", "data", "arms"))
+    runs = settings.runs(out)  # before anything is written
+    claim(out, settings, besides=("out", "data", "arms", "recall"))
     budget = f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm"
     say(console, f"{corpus}; {budget}.")
-    pending = [name for name in names if load_result(out / "arms" / name, arms[name]) is None]
-    for name in names:
-        if name not in pending:
-            say(console, f"{name}: finished before, kept.")
+    each = {run.options.out: run for group in runs.values() for run in group.values()}
+    pending = []
+    for folder, run in each.items():
+        if load_result(folder, run) is None:
+            pending.append(run.options)
+        else:
+            say(console, f"{_title(run.options)}: finished before, kept.")
     with progress(console, len(pending)) as bars:
-        for name in pending:
-            training = arms[name].options
-            with bars.arm(name, training.steps) as watch:
+        for training in pending:
+            title = _title(training)
+            with bars.arm(title, training.steps) as watch:
                 result = train_arm(training, corpus, console, watch)
             steps = f"{training.steps} steps in {result.seconds:.0f} s"
-            say(console, f"{name}: {steps}, {result.held_out}.")
+            say(console, f"{title}: {steps}, {result.held_out}.")
+    if ablation.recall:
+        train_tasks(_recall(ablation), console)
     report(out, console)
+
+
+def _recall(ablation: Ablation) -> Tasks:
+    """The task of an ablation, in a folder of its own: what is known beside what is measured."""
+    arms = ("dense", "oracle", "learned", "random")
+    return Tasks(ablation.out / _RECALL, arms=arms, seeds=1)
+
+
+def _title(training: Training) -> str:
+    note = f", {EQUAL_STEPS}" if training.out.parent.name == "equal-steps" else ""
+    return f"{training.arm}{note}"
 
 
 def run_rereport(rereport: Rereport, console: Console) -> None:
@@ -82,13 +118,18 @@ def run_rereport(rereport: Rereport, console: Console) -> None:
     from .evidence.report import report_sweep
 
     out = rereport.out
+    reports = {
+        AblationSettings.format: report,
+        SweepSettings.format: report_sweep,
+        TaskSettings.format: report_tasks,
+    }
     there = settings_format(out)
-    if there not in (SweepSettings.format, AblationSettings.format):
+    if there not in reports:
         raise ValueError(
-            f"`out` must be the folder of `mode-lab ablate` or `isoflop`, got {out}, of {there!r}."
+            "`out` must be the folder of `mode-lab ablate`, `tasks` or `isoflop`, got "
+            f"{out}, of {there!r}."
         )
-    is_sweep = there == SweepSettings.format
-    (report_sweep if is_sweep else report)(out, console)
+    reports[there](out, console)
 
 
 def report(out: Path, console: Console) -> None:
@@ -97,12 +138,19 @@ def report(out: Path, console: Console) -> None:
     **Raises:** `ValueError` where there is no run, or no arm has finished.
     """
     settings = read_settings(out, AblationSettings)
-    finished = [name for name in NAMES if (out / "arms" / name / "result.json").exists()]
-    results = [load_result(out / "arms" / name, settings.arm(out, name)) for name in finished]
-    options = dataclasses.replace(settings.options, out=out, arms=tuple(finished) or NAMES)
+    every = dataclasses.replace(settings.options, out=out, arms=NAMES)
+    runs = AblationSettings(options=every, corpus=settings.corpus).runs(out)
+    results = {
+        comparison: [r for run in group.values() if (r := load_result(run.options.out, run))]
+        for comparison, group in runs.items()
+    }
+    finished = tuple(result.arm.name for result in results[EQUAL_FLOPS])
+    options = dataclasses.replace(settings.options, out=out, arms=finished or NAMES)
     command = command_line("ablate", options)
     if not finished:
         raise ValueError(
             f"`out` must hold at least one finished arm, got {out}. Run `{command}` to train them."
         )
-    write_report(out, [result for result in results if result], command, console)
+    write_report(out, results[EQUAL_FLOPS], results.get(EQUAL_STEPS, []), command, console)
+    if (out / _RECALL).exists():
+        report_tasks(out / _RECALL, console)

@@ -32,7 +32,9 @@ class Arm:
     dense one. `rule` decides which tokens are selected when the model runs causally, `None` where
     the training selection is causal already; the last fraction `under_rule` of training runs under
     it, at the same capacity. `auxiliary` is added to the loss, from the routings of a step.
-    `samples` says whether tokens can be routed one by one, so that text can be sampled.
+    `samples` says whether tokens can be routed one by one, so that text can be sampled. `left_out`
+    leaves out the blocks that other arms route, and `recovers` says whether `ablate` asks how much
+    of what these are worth the arm gains.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Arm:
     quantile_rate: float = 0.03
     auxiliary: Callable[[Routings], Scalar] | None = None
     samples: bool = True
+    left_out: bool = False
+    recovers: bool = False
 
     def build(self, size: Size, *, key: PRNGKeyArray) -> mode.Transformer:
         """Builds the model, with fresh parameters.
@@ -54,7 +58,8 @@ class Arm:
         def dense(key: PRNGKeyArray) -> mode.Residual:
             return mode.Residual(_block(size, key))
 
-        stacks = [([dense], size.depth)]
+        left_out = len(range(1, size.depth, self.every)) if self.left_out else 0
+        stacks = [([dense], size.depth - left_out)]
         if self.routed is not None:
             routed, offset = partial(self.routed, size), min(1, self.every - 1)
             stacks = mode.interleave(dense, routed, size.depth, every=self.every, offset=offset)
@@ -92,7 +97,8 @@ def depths(
     key: PRNGKeyArray,
     *,
     select: mode.AbstractSelector = mode.ExpertChoice(),
-    gate: mode.AbstractGate = mode.IdentityGate(),
+    gate: mode.AbstractGate = mode.AbsoluteGate(),
+    weigh_values: bool = True,
     predictor: bool = False,
 ) -> mode.MixtureOfDepths:
     """A layer of Mixture-of-Depths around the dense arm's block."""
@@ -103,6 +109,7 @@ def depths(
         size.capacity,
         select=select,
         gate=gate,
+        weigh_values=weigh_values,
         predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
         key=router_key,
     )
@@ -138,7 +145,8 @@ _late_quantile = partial(Arm, rule=mode.QuantileThreshold(), under_rule=0.2)
 
 ARMS: tuple[Arm, ...] = (
     Arm("dense", ARM_TEXTS["dense"]),
-    _late_quantile("mod", ARM_TEXTS["mod"], depths),
+    Arm("left-out", ARM_TEXTS["left-out"], left_out=True),
+    _late_quantile("mod", ARM_TEXTS["mod"], depths, recovers=True),
     Arm(
         "mod-predictor",
         ARM_TEXTS["mod-predictor"],
@@ -151,6 +159,7 @@ ARMS: tuple[Arm, ...] = (
         ARM_TEXTS["mod-random"],
         partial(depths, select=mode.RandomChoice()),
         samples=False,
+        recovers=True,
     ),
     _late_quantile(
         "moe", ARM_TEXTS["moe"], partial(_with_experts, mode.integrated_mode_layer, noop=False)

@@ -12,6 +12,8 @@ from annotated_types import Ge, Le
 from .options import (
     ARM_TEXTS,
     NAMES,
+    TASK_ARMS,
+    TASK_TEXTS,
     Count,
     Data,
     Devices,
@@ -65,6 +67,9 @@ class Ablation:
     """Seed of parameters, data order and random routing."""
     held_out: Count = 512
     """Sequences to evaluate on, at most."""
+    recall: bool = True
+    """Whether to train routers on the task `recall` of `mode-lab tasks` as well, whose answers say
+    which tokens a router should select."""
     size: Size = dataclasses.field(default_factory=Size)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
@@ -75,6 +80,35 @@ class Rereport:
 
     out: Path = Path("runs/ablation")
     """The folder of the run."""
+
+
+# In these tasks two tokens are of use together alone: routers must have seen both.
+TASK_RECIPE = Recipe(learning_rate=3e-3, ramp=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Train routers on tasks in which the tokens that matter are known: which get a slot?
+
+    A run that was interrupted goes on where it stood: the same command skips finished runs.
+    """
+
+    out: Path = Path("runs/tasks")
+    """Folder for results. One of another recipe, density or number of steps is refused."""
+    tasks: Annotated[
+        tuple[str, ...], tyro.conf.arg(help=_texts("Which tasks.", TASK_TEXTS), metavar="TASK ...")
+    ] = ("recall",)
+    arms: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help=_texts("What to compare.", TASK_ARMS), metavar="ARM ..."),
+    ] = tuple(TASK_ARMS)
+    seeds: Count = 3
+    """How many seeds, from 0."""
+    steps: Annotated[int | None, Ge(2), Le(10**9)] = None
+    """Optimizer steps; by default enough for the dense model of each task."""
+    density: UpToOne = 0.0625
+    """Fraction of the tokens of s3 and s5 that are permutations."""
+    recipe: Recipe = TASK_RECIPE
 
 
 @dataclasses.dataclass(frozen=True)

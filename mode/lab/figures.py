@@ -20,6 +20,7 @@ _POINTS, _LETTERS, _LINE = 6.5, 20, 0.115
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 ARM_COLOURS = {
     "dense": "#000000",
+    "left-out": "#BBBBBB",
     "mod": "#0072B2",
     "mod-predictor": "#56B4E9",
     "mod-random": "#999999",

@@ -19,6 +19,7 @@ VOCAB = 257
 # The arms of the ablation, which `arms` builds.
 ARM_TEXTS = {
     "dense": "every token through every block",
+    "left-out": "the control: the dense model without the blocks that other arms route",
     "mod": "Mixture-of-Depths: top-k, the last fifth of training under a running quantile",
     "mod-predictor": "Mixture-of-Depths as published: top-k to the end, a predictor for sampling",
     "mod-random": "the control: Mixture-of-Depths that selects tokens at random",
@@ -29,6 +30,23 @@ ARM_TEXTS = {
     "mode-integrated": "integrated MoDE: experts and no-op experts in one routing",
 }
 NAMES = tuple(ARM_TEXTS)
+
+# The tasks with known answers, which `tasks.sequences` makes.
+TASK_TEXTS = {
+    "recall": "values of keys, asked for after filler",
+    "s3": "products of permutations of three points among filler",
+    "s5": "the same of five points",
+    "copy": "a span that comes again later",
+    "arithmetic": "sums of variables, asked for after filler",
+}
+TASK_ARMS = {
+    "dense": "a second layer for every token",
+    "left-out": "no second layer",
+    "oracle": "a routed one that selects by the class of a token",
+    "learned": "Mixture-of-Depths",
+    "random": "its control: tokens at random",
+    "strided": "evenly spaced tokens",
+}
 
 # Ranges: `check_options` refuses numbers outside of them, and so does every record that is read.
 Count = Annotated[int, Ge(1), Le(10**9)]
@@ -88,6 +106,14 @@ class Recipe:
     """Largest global norm of a gradient."""
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Fraction of the steps over which the rate rises from 0."""
+    router_cost: NotNegative = 0.03
+    """Times the mean absolute logit of Mixture-of-Depths routers, added to the loss. Tokens of no
+    use lose their weight by it, and others come within reach of top-k."""
+    ramp: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Fraction of the steps in which Mixture-of-Depths layers have more slots than their capacity;
+    0 for none, which is best on text."""
+    ramp_stages: Annotated[int, Ge(1), Le(16)] = 1
+    """Capacities before the last one, from 1 down. Each compiles the step once more."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do where a loss or gradient is not finite: end the run, or skip the step and print
     it. Parameters are never updated by such a step."""

@@ -11,6 +11,7 @@ from .ablation_figures import plot_curves, plot_selections
 from .budget import flops_per_step, forward_flops_per_token, parameter_count
 from .console import say
 from .files import Record, write_record, write_text
+from .recovery import recovery_table
 from .run import TrainResult
 from .tables import DASH, escape, prose, to_console, to_markdown
 from .versions import PACKAGES, machine, versions
@@ -20,12 +21,13 @@ class Results(Record):
     """`results.json`: what `report.md` shows, as numbers."""
 
     format = "mode-lab ablation results"
-    version = 1
+    version = 2
 
     command: str
     versions: dict[str, str]
     machine: str
     arms: tuple[TrainResult, ...]
+    equal_steps: tuple[TrainResult, ...]
 
 
 _FORMATS = {
@@ -34,17 +36,31 @@ _FORMATS = {
     "ms / step": ".0f",
     "bits / byte, top-k": ".3f",
     "bits / byte, CAUSAL": ".3f",
+    "recovery": ".0%",
 }
 # Below this the learning rate has hardly risen, and running quantiles have hardly settled.
 _FEW_STEPS = 100
 
 
-def write_report(out: Path, results: Sequence[TrainResult], command: str, console: Console) -> None:
-    """Writes `report.md`, `results.json`, `curves.png` and `routing.png`, and prints the table."""
+def write_report(
+    out: Path,
+    results: Sequence[TrainResult],
+    equal_steps: Sequence[TrainResult],
+    command: str,
+    console: Console,
+) -> None:
+    """Writes `report.md`, `results.json`, `curves.png` and `routing.png`, and prints the tables.
+
+    `results` are of equal training FLOPs, `equal_steps` those from which recovery is computed.
+    """
     options = results[0].settings.options
     size = options.size
     record = Results(
-        command=command, versions=versions(*PACKAGES), machine=machine(), arms=tuple(results)
+        command=command,
+        versions=versions(*PACKAGES),
+        machine=machine(),
+        arms=tuple(results),
+        equal_steps=tuple(equal_steps),
     )
     write_record(out / "results.json", record)
     about = (
@@ -64,12 +80,15 @@ def write_report(out: Path, results: Sequence[TrainResult], command: str, consol
         "right": [name for name in frame.columns if name != "arm"],
     }
     steps = min(frame["steps"])
+    recovered = recovery_table(equal_steps)
+    flops = max(r.settings.options.steps * _flops(r) for r in results)
     text = prose(
         "ablation",
         record=record,
         table=to_markdown(frame, _FORMATS, **style),
         arms="".join(f"- **{r.arm.name}**: {escape(r.arm.description)}.\n" for r in results),
-        flops=f"{max(r.settings.options.steps * flops_per_step(r.arm, size) for r in results):.3g}",
+        recovery="" if recovered is None else _recovery(to_markdown(recovered, _FORMATS)),
+        flops=f"{flops:.3g}",
         short=prose("ablation_short", steps=steps) if steps < _FEW_STEPS else "",
         size=size,
         bytes=f"{results[0].evaluation.bytes:,}",
@@ -79,11 +98,24 @@ def write_report(out: Path, results: Sequence[TrainResult], command: str, consol
     write_text(out / "report.md", text)
     title = "Held-out results at equal training FLOPs"
     console.print(to_console(frame, _FORMATS, title=title, **style))
+    if recovered is not None:
+        title = "Equal steps: the part of the routed blocks' worth that an arm recovers"
+        console.print(to_console(recovered, _FORMATS, title=title))
     if steps < _FEW_STEPS:
         short = f"An arm took fewer than {_FEW_STEPS} steps: too short to mean anything."
         say(console, short, style="bold red")
     words = "Top-k looks at the future; the causal column is what a sampler gets. One seed, toy"
     say(console, f"{words} scale: see {out / 'report.md'}.")
+
+
+def _recovery(table: str) -> str:
+    return prose("ablation_recovery", table=table)
+
+
+def _flops(result: TrainResult) -> float:
+    """FLOPs of a step, the mean over the training."""
+    options = result.settings.options
+    return flops_per_step(result.arm, options.size, options.recipe)
 
 
 def _row(result: TrainResult) -> dict[str, Any]:

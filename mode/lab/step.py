@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import equinox as eqx
@@ -32,6 +34,24 @@ def learning_rates(recipe: Recipe, steps: int) -> Float[np.ndarray, " steps"]:
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps, dtype=jnp.float32)))
 
 
+def routing_cost(recipe: Recipe, routings: Routings) -> Scalar:
+    """The recipe's cost of the weights of Mixture-of-Depths routers, the mean over all layers."""
+    costs = [mode.router_l1_loss(routing) for routing in routings if routing.logits.shape[-1] == 1]
+    return recipe.router_cost * jnp.mean(jnp.stack(costs)) if costs else jnp.zeros(())
+
+
+def stages(recipe: Recipe, model: PyTree, steps: int) -> dict[int, tuple[Fraction, ...]]:
+    """The capacities of all routers from each step on that changes them; that of step 0 always.
+
+    A training too short for the stages of the recipe has fewer.
+    """
+    own = tuple(router.capacity for router in mode.routers(model))
+    count = min(recipe.ramp_stages, math.floor(recipe.ramp * steps))
+    if not own or not count:
+        return {0: own}
+    return mode.capacity_schedule(model, steps, until=recipe.ramp, stages=count)
+
+
 class TrainState(eqx.Module):
     """All that a step changes. `Arm.causal_in_training` swaps the selectors in all of it.
 
@@ -56,9 +76,9 @@ def next_byte_loss(
 
 
 def loss_and_gradient(
-    arm: Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+    arm: Arm, recipe: Recipe, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Scalar, Routings, PyTree]:
-    """The next-byte loss, the routings, and the gradient of that loss plus the arm's own.
+    """The next-byte loss, the routings, and the gradient of that loss, the arm's and the cost.
 
     A training step computes this; `budget` counts the FLOPs of this very function.
     """
@@ -67,7 +87,7 @@ def loss_and_gradient(
     def objective(parameters: PyTree) -> tuple[Scalar, tuple[Scalar, Routings]]:
         loss, routings = next_byte_loss(eqx.combine(parameters, rest), batch, key)
         extra = jnp.zeros(()) if arm.auxiliary is None else arm.auxiliary(routings)
-        return loss + extra, (loss, routings)
+        return loss + extra + routing_cost(recipe, routings), (loss, routings)
 
     gradient, (loss, routings) = jax.grad(objective, has_aux=True)(parameters)
     return loss, routings, gradient
@@ -101,9 +121,10 @@ def make_step(arm: Arm, recipe: Recipe) -> Step:
 
     Where the loss or a gradient is not finite, the step counts and changes nothing. (This guards
     the router state too, which `optax.apply_if_finite` would not.) Recipes that differ in their
-    learning rates alone share one program.
+    schedules alone share one program.
     """
-    return _jitted(arm, dataclasses.replace(recipe, learning_rate=1.0, warmup=0.0))
+    same = {"learning_rate": 1.0, "warmup": 0.0, "ramp": 0.0, "ramp_stages": 1}
+    return _jitted(arm, dataclasses.replace(recipe, **same))
 
 
 @functools.cache
@@ -116,7 +137,9 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
     ) -> tuple[TrainState, Health]:
         sample, rate = given
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        loss, routings, gradient = loss_and_gradient(arm, state.model, Batch.of(sample), key)
+        loss, routings, gradient = loss_and_gradient(
+            arm, recipe, state.model, Batch.of(sample), key
+        )
         leaves = jax.tree.leaves((loss, gradient))
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
         parameters = eqx.filter(state.model, mode.is_trainable(state.model))

@@ -1,10 +1,12 @@
-"""Training one arm: a jitted step, compiled twice at most, and a loss that must stay finite."""
+"""Training one arm: a jitted step, compiled for each stage, and a loss that must stay finite."""
 
 import dataclasses
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +20,7 @@ from .arms import Arm, Size
 from .console import Watch
 from .data import Batch, Documents, batches
 from .devices import feed, on_any
-from .step import Health, Recipe, TrainState, begin, learning_rates, make_step
+from .step import Health, Recipe, TrainState, begin, learning_rates, make_step, stages
 
 
 # Tokens from which thresholds are calibrated at the end.
@@ -99,12 +101,15 @@ def train(
         stream.set_state(progress.stream)
     times, waits = [], []
     step, rates = make_step(arm, recipe), learning_rates(recipe, steps)
-    change, every = arm.change(steps), steps if saving is None else saving.every
-    for first, last in ((0, change), (change, steps)):
+    every = steps if saving is None else saving.every
+    changes = _changes(arm, recipe, state, steps)
+    for first, last in itertools.pairwise([*changes, steps]):
+        changed = changes[first](state)
+        if len(losses) > first:  # it was changed before it was saved: only its structure was not
+            changed = jax.tree.unflatten(jax.tree.structure(changed), jax.tree.leaves(state))
+        state = changed
         if len(losses) >= last:
             continue
-        if first:
-            state = arm.causal_in_training(state)
         compiled = False
         while (done := len(losses)) < last:
             # The first step of a phase compiles, and is looked at alone.
@@ -142,6 +147,19 @@ def train(
     # Of a run so short that every step compiled, the mean of those.
     step_seconds = float(np.median(times)) if times else seconds / steps
     return Trained(model, losses, step_seconds, seconds, sum(waits, start=0.0))
+
+
+def _changes(
+    arm: Arm, recipe: Recipe, state: TrainState, steps: int
+) -> dict[int, Callable[[TrainState], TrainState]]:
+    """What changes in the state before which steps: capacities, and the causal rule at the end."""
+    changes: dict[int, Callable[[TrainState], TrainState]] = {}
+    for first, capacities in stages(recipe, state.model, steps).items():
+        changes[first] = partial(mode.with_capacity, capacity=capacities)
+    if (end := arm.change(steps)) < steps:
+        before = changes.get(end, lambda state: state)
+        changes[end] = lambda state: arm.causal_in_training(before(state))
+    return dict(sorted(changes.items()))
 
 
 def _own_batches(documents: Documents, size: Size, seed: int) -> Any:

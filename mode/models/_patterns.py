@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray
 from .._capacity import Capacity
 from .._checks import check_count
 from ..nn import MixtureOfDepths, Residual, TransformerBlock
-from ..routing import AbstractGate, IdentityGate, Predictor
+from ..routing import AbsoluteGate, AbstractGate, Predictor
 from ._stack import MakeLayer, Period
 from ._transformer import Transformer
 
@@ -72,7 +72,7 @@ def mod_transformer(
     every: int = 2,
     offset: int = 1,
     num_kv_heads: int | None = None,
-    gate: AbstractGate = IdentityGate(),
+    gate: AbstractGate = AbsoluteGate(),
     predictor: bool = False,
     tied: bool = True,
     dtype: DTypeLike = jnp.float32,

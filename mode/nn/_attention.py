@@ -19,6 +19,9 @@ from ._contracts import AbstractBlock, BlockResult
 class Attention(AbstractBlock):
     """Causal grouped-query self-attention with rotary embeddings at original positions.
 
+    Values are multiplied by `info.weight`, if there is one, so that a router learns from what other
+    tokens read too; see `MixtureOfDepths`.
+
     **Arguments:**
 
     - `dim`: features of the hidden states; a multiple of `num_heads`.
@@ -104,6 +107,10 @@ class Attention(AbstractBlock):
             if self.rope_theta is not None:
                 rotated = rope(rotated, row_info.positions, self.rope_theta)
             q, k = jnp.split(rotated, [self.num_heads], axis=-2)
+            if row_info.weight is not None:
+                weight = row_info.weight[..., None, None]
+                v = (weight * v.astype(weight.dtype)).astype(v.dtype)
+                row_info = row_info.with_weight(None)
             if isinstance(self.attend, AbstractAttentionFunction):
                 mixed = self.attend.extend(q, k, v, row_info, cache)
             elif cache.is_kept:

@@ -60,6 +60,7 @@ class Cache(eqx.Module):
     @staticmethod
     def of_tokens(entries: PyTree, info: TokenInfo, max_tokens: int | None) -> "Cache":
         """The entries of some tokens; those of segment 0 are left out when they are appended."""
+        info = info.with_weight(None)  # values are in the entries as the block weighed them
         return Cache(entries, info, jnp.sum(info.valid, axis=-1, dtype=jnp.int32), max_tokens)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
@@ -11,11 +12,10 @@ from .._checks import check_hidden
 from .._token_info import TokenInfo
 from .._types import ExpertLogits, Hidden, Key
 from ..routing import (
-    ROUTER_STD,
+    AbsoluteGate,
     AbstractGate,
     AbstractSelector,
     ExpertChoice,
-    IdentityGate,
     Router,
     SelectedSoftmaxGate,
     SoftmaxGate,
@@ -68,9 +68,10 @@ class Residual(AbstractLayer):
 class MixtureOfDepths(AbstractLayer):
     r"""Routes a fixed number of tokens through a block and the rest around it.
 
-    $x_i + r_i f(\tilde X)_i$ for the $C$ selected tokens $\tilde X$, and $x_i$, bit for bit, for
-    all others, with $r = w^\top x$. The block sees the selected tokens alone, in time order, with
-    their original positions and segments; a skipped token is not a key in it either.
+    $x_i + r_i f(\tilde X, r)_i$ for the $C$ selected tokens $\tilde X$, and $x_i$, bit for bit, for
+    all others, with $r = |w^\top x|$. The block sees the selected tokens alone, in time order, with
+    their original positions and segments; a skipped token is not a key in it either. Its attention
+    multiplies the values of the tokens by their weights.
 
     **Arguments:**
 
@@ -79,9 +80,15 @@ class MixtureOfDepths(AbstractLayer):
     - `capacity`: fraction of each group's tokens that take part, in (0, 1]; see `token_capacity`.
     - `select`: the selector. `ExpertChoice()` is for training, as it sees the future; `make_causal`
         makes the model that may be sampled from.
-    - `gate`: from the router's logit to the weight $r$; by default the logit itself.
+    - `gate`: from the router's logit to the weight $r$; by default its absolute value.
+    - `weigh_values`: whether the block gets the weights as `info.weight`, by which `Attention`
+        multiplies the values of the tokens. Without it a router learns nothing of tokens that are
+        of use only where others read them.
     - `predictor`: guesses the selection for causal inference; `Predictor(dim, key=key)` or `None`.
-    - `router_std`: standard deviation of the router's initial weights.
+    - `router_std`: standard deviation of the router's initial weights; by default `dim ** -0.5`.
+
+    Train with `router_l1_loss`, times a coefficient such as 0.03: without a cost of slots, a router
+    hardly learns.
 
     **Raises:** `ValueError` for a capacity outside (0, 1]; for a layer or another module that is no
     block; for a softmax gate, which over one choice is 1 and gives the router no gradient; for
@@ -96,13 +103,16 @@ class MixtureOfDepths(AbstractLayer):
     ((4, 64, 32), (4, 1, 8))
 
     *Source:* arXiv:2404.02258, section 3.4, equation 1. *Relative to the paper:* equation 1 prints
-    the raw weight, section 3.5 speaks of its sigmoid; `gate` offers both and defaults to the
-    equation. $f$ is the block's update, so that $r = 1$ is the dense block. Equation 1 leaves ties
-    at its percentile open; here exactly $C$ tokens are selected, of equals the earlier ones.
+    the raw weight, on the update alone, and section 3.5 speaks of its sigmoid; both are a `gate`
+    away, with `weigh_values=False`. The default finds the tokens that matter where they are known
+    (`mode-lab tasks`), which those do not. $f$ is the block's update, so that $r = 1$ is the dense
+    block. Equation 1 leaves ties at its percentile open; here exactly $C$ tokens are selected, of
+    equals the earlier ones.
     """
 
     router: Router
     block: Block
+    weigh_values: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -111,9 +121,10 @@ class MixtureOfDepths(AbstractLayer):
         capacity: Capacity = 0.125,
         *,
         select: AbstractSelector = ExpertChoice(),
-        gate: AbstractGate = IdentityGate(),
+        gate: AbstractGate = AbsoluteGate(),
+        weigh_values: bool = True,
         predictor: Callable[..., ExpertLogits] | None = None,
-        router_std: float = ROUTER_STD,
+        router_std: float | None = None,
         key: PRNGKeyArray,
     ):
         check_capacity(capacity)
@@ -122,7 +133,7 @@ class MixtureOfDepths(AbstractLayer):
         if isinstance(gate, SoftmaxGate | SelectedSoftmaxGate):
             raise ValueError(
                 f"`gate` of `MixtureOfDepths` must not be a softmax, got {gate}: over its single "
-                "choice it is always 1 and the router gets no gradient. Use `IdentityGate()` or "
+                "choice it is always 1 and the router gets no gradient. Use `AbsoluteGate()` or "
                 "`SigmoidGate()`."
             )
         self.router = Router(
@@ -135,6 +146,7 @@ class MixtureOfDepths(AbstractLayer):
             key=key,
         )
         self.block = block
+        self.weigh_values = weigh_values
 
     @property
     def capacity(self) -> float:
@@ -160,6 +172,8 @@ class MixtureOfDepths(AbstractLayer):
             routing = self.router(x, info, slots=cache.max_tokens, used=used, key=router_key)
             slots = dispatch(x, routing)[0]
             slot_info = jax.tree.map(lambda leaf: leaf[0], dispatch_info(info, routing))
+            weight = routing.weight[..., 0, :] if self.weigh_values else None
+            slot_info = slot_info.with_weight(weight)
 
             def run(rows: Int[Array, " rows"] | None) -> PyTree:
                 some: tuple[Array, TokenInfo, Cache] = (slots, slot_info, cache)

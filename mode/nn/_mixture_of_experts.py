@@ -13,7 +13,6 @@ from .._token_info import TokenInfo
 from .._types import ExpertLogits, Hidden, Key
 from ..parallel import role_field, to_experts, to_groups
 from ..routing import (
-    ROUTER_STD,
     AbstractGate,
     AbstractSelector,
     ExpertChoice,
@@ -48,7 +47,8 @@ class MixtureOfExperts(AbstractBlock):
     - `select`: `ExpertChoice()`, which sees the future in a decoder (`make_causal` replaces it), or
         `TokenChoice(k)`, which does not.
     - `gate`: from logits to weights; by default the softmax over all choices, not renormalised.
-    - `predictor`, `router_std`: as `MixtureOfDepths` takes them, with `num_experts` logits a token.
+    - `predictor`: as `MixtureOfDepths` takes it, with `num_experts` logits a token.
+    - `router_std`: standard deviation of the router's initial weights.
 
     `router.state.bias` is the selection bias of loss-free balancing (arXiv:2408.15664): it changes
     which tokens are selected, never the weights, and only `update_router_state` moves it.
@@ -87,7 +87,7 @@ class MixtureOfExperts(AbstractBlock):
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = SoftmaxGate(),
         predictor: Callable[..., ExpertLogits] | None = None,
-        router_std: float = ROUTER_STD,
+        router_std: float = 0.02,  # nearly undecided: a softmax is sure of itself soon enough
         key: PRNGKeyArray,
     ):
         num_experts = check_count("num_experts", num_experts, 1)

@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._capacity import Capacity
 from .._checks import check_count
-from ..routing import AbstractGate, AbstractSelector, ExpertChoice, IdentityGate
+from ..routing import AbsoluteGate, AbstractGate, AbstractSelector, ExpertChoice
 from ._experts import MakeExpert
 from ._mixture_of_depths import MixtureOfDepths, Residual
 from ._mixture_of_experts import MixtureOfExperts
@@ -27,7 +27,7 @@ def staged_mode_layer(
     capacity_factor: Capacity = 1.0,
     num_kv_heads: int | None = None,
     select: AbstractSelector = ExpertChoice(),
-    gate: AbstractGate = IdentityGate(),
+    gate: AbstractGate = AbsoluteGate(),
     key: PRNGKeyArray,
 ) -> MixtureOfDepths:
     """Builds a staged MoDE layer: tokens skip the whole block, or go through it and to its experts.

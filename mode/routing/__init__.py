@@ -9,6 +9,7 @@ from ._calibrate import calibrate_thresholds as calibrate_thresholds
 from ._causal import causal_selection as causal_selection, make_causal as make_causal
 from ._dispatch import combine as combine, dispatch as dispatch, dispatch_info as dispatch_info
 from ._gates import (
+    AbsoluteGate as AbsoluteGate,
     AbstractGate as AbstractGate,
     IdentityGate as IdentityGate,
     SelectedSoftmaxGate as SelectedSoftmaxGate,
@@ -21,6 +22,7 @@ from ._losses import (
     masked_mean as masked_mean,
     predictor_bce as predictor_bce,
     router_bce as router_bce,
+    router_l1_loss as router_l1_loss,
     router_z_loss as router_z_loss,
 )
 from ._metrics import (
@@ -36,7 +38,8 @@ from ._record import (
     Routings as Routings,
     selected_mask as selected_mask,
 )
-from ._router import ROUTER_STD as ROUTER_STD, Router as Router
+from ._router import Router as Router
+from ._schedule import capacity_schedule as capacity_schedule, with_capacity as with_capacity
 from ._selector import (
     AbstractSelector as AbstractSelector,
     AbstractTokenSelector as AbstractTokenSelector,
@@ -56,7 +59,6 @@ from ._surgery import (
     map_router_routings as map_router_routings,
     map_routers as map_routers,
     routers as routers,
-    with_capacity as with_capacity,
 )
 from ._token_selectors import (
     AbstractThreshold as AbstractThreshold,

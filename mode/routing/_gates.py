@@ -38,6 +38,20 @@ class _LogitGate(AbstractGate):
         return logits
 
 
+class AbsoluteGate(AbstractGate):
+    """The weight is the absolute value of the logit, and so is the score.
+
+    The weight is never negative and free in scale: a cost on it (`router_l1_loss`) pulls tokens of
+    no use to 0, from both sides, and a token that was never selected with them into reach.
+    """
+
+    def scores(self, logits: Logits) -> Logits:
+        return jnp.abs(logits)
+
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        return jnp.abs(logits[..., : selected.shape[-1]])
+
+
 class IdentityGate(_LogitGate):
     """The weight is the logit itself, as equation 1 of arXiv:2404.02258 prints it."""
 

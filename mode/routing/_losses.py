@@ -31,6 +31,22 @@ def router_z_loss(routing: Routing) -> Scalar:
     return masked_mean(total * total, routing.valid)
 
 
+def router_l1_loss(routing: Routing) -> Scalar:
+    r"""Puts a cost on weights: the mean over real tokens and choices of $|\text{logit}|$.
+
+    Without a cost, the logit of a token that is never selected never changes, and that of one that
+    is of no use falls slowly. With it, at a coefficient such as 0.03, a token keeps its weight only
+    where the next-token loss pays for it. It suits gates whose weight is the logit or its absolute
+    value. Padding does not count.
+
+    *Source:* the linear penalty on routing weights of arXiv:2412.14711, section 3.2, equation 5.
+    *Relative to the paper:* on the logits of all tokens, selected or not, with a fixed coefficient.
+    """
+    check_routing(routing)
+    cost = jnp.mean(jnp.abs(routing.logits), axis=-1)
+    return masked_mean(cost, routing.valid)
+
+
 def load_balance_loss(routing: Routing) -> Scalar:
     r"""Penalises unequal loads: $N \sum_c f_c P_c$ over the $N$ choices, the mean over groups.
 
@@ -56,8 +72,9 @@ def load_balance_loss(routing: Routing) -> Scalar:
 def router_bce(routing: Routing) -> Scalar:
     """Trains the router's own logits to be positive for the tokens that top-k selected.
 
-    The mean binary cross entropy of the logits against the selected mask. Its gradient reaches the
-    router and the hidden states. `routing` must be recorded under top-k: under a threshold the
+    The mean binary cross entropy of the logits against the selected mask, for gates whose score is
+    the logit, such as `IdentityGate` and `SigmoidGate`. Its gradient reaches the router and the
+    hidden states. `routing` must be recorded under top-k: under a threshold the
     target would be its own answer.
 
     *Source:* the first method of arXiv:2404.02258, section 3.5. The paper gives no coefficient.

@@ -21,11 +21,6 @@ from ._selector import AbstractSelector, AbstractTokenSelector, Assignment, Rout
 from ._token_selectors import TokenChoice
 
 
-# A router starts nearly undecided. At `dim ** -0.5` the identity gate would give some tokens
-# weights of 2 and more before anything is learned.
-ROUTER_STD = 0.02
-
-
 class Router(eqx.Module):
     r"""Turns hidden states into a `Routing`.
 
@@ -41,7 +36,8 @@ class Router(eqx.Module):
     - `select`: the selector, which assigns tokens to slots.
     - `gate`: maps logits to weights.
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
-    - `std`: standard deviation of the scorer's initial weights; the paper gives none.
+    - `std`: standard deviation of the scorer's initial weights; by default `dim ** -0.5`, at which
+        the logits of features of variance 1 have variance 1. The paper gives none.
 
     **Raises:** `ValueError` for a selector, gate or predictor that is not an instance of one, and
     for `SelectedSoftmaxGate` with `TokenChoice(1)`, which give the router no gradient.
@@ -76,7 +72,7 @@ class Router(eqx.Module):
         select: AbstractSelector,
         gate: AbstractGate,
         predictor: Callable[..., ExpertLogits] | None = None,
-        std: float = ROUTER_STD,
+        std: float | None = None,
         key: PRNGKeyArray,
     ) -> None:
         check_instance("select", select, AbstractSelector, "ExpertChoice()")
@@ -87,6 +83,7 @@ class Router(eqx.Module):
                 "`predictor` must map hidden states to one logit per expert, such as "
                 f"`Predictor(dim, key=key)`, or be None, got {predictor!r}."
             )
+        std = dim**-0.5 if std is None else std
         self.scorer = Linear(dim, num_experts + num_noop, std=std, key=key)
         self.select = select
         self.gate = gate

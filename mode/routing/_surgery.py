@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._capacity import Capacity, exact_fraction
 from .._dtypes import is_shaped
 from ._record import RouterState, Routing
 from ._router import Router
@@ -40,39 +39,6 @@ def map_routers(function: Callable[[Router], Router], model: PyTree) -> PyTree:
     return jax.tree.map(
         lambda node: function(node) if _is_router(node) else node, model, is_leaf=_is_router
     )
-
-
-def with_capacity(model: PyTree, capacity: Capacity) -> PyTree:
-    """Changes the capacity of every router of `model`.
-
-    The capacity is no array, so neither `equinox.tree_at` nor a file of arrays changes it. Running
-    thresholds belong to the old one: the next `update_router_state` starts them anew. Works on a
-    training state too, whose optimizer moments have the structure of the model.
-
-    **Arguments:**
-
-    - `capacity`: as `Router` takes it. For experts, slots per token of each expert.
-
-    **Returns:** a copy. Its programs compile anew, as its tensors have other sizes.
-
-    **Raises:** `ValueError` for a capacity that is not finite and positive.
-
-    >>> import jax, mode
-    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
-    >>> float(mode.routers(mode.with_capacity(model, 0.5))[0].capacity)
-    0.5
-    """
-    exact = exact_fraction("capacity", capacity)
-
-    def change(router: Router) -> Router:
-        if router.state.updates is not None:  # it is in a tree of moments
-            router = eqx.tree_at(lambda r: r.state.updates, router, replace_fn=jnp.zeros_like)
-        leaves, structure = jax.tree.flatten(router)
-        router = jax.tree.unflatten(structure, leaves)  # a copy, not yet seen by anybody
-        object.__setattr__(router, "capacity", exact)
-        return router
-
-    return map_routers(change, model)
 
 
 def is_trainable(model: PyTree) -> PyTree[bool]:

@@ -85,6 +85,9 @@ class PredictorThreshold(AbstractThreshold):
 class LogitThreshold(AbstractThreshold):
     """Selects a token if the router's own logit is positive; for training with `router_bce`.
 
+    It goes with a gate whose score is the logit, such as `IdentityGate()`: under `AbsoluteGate()`
+    top-k selects by the size of the logit, whatever its sign.
+
     Argument as in `AbstractThreshold`.
 
     *Source:* the first method of arXiv:2404.02258, section 3.5.

@@ -41,14 +41,24 @@ def dense(key: PRNGKeyArray) -> mode.Residual:
 
 
 def mod(
-    gate: mode.AbstractGate = mode.IdentityGate(), capacity: float = 0.25, predictor: bool = False
+    gate: mode.AbstractGate = mode.AbsoluteGate(),
+    capacity: float = 0.25,
+    predictor: bool = False,
+    weigh_values: bool = True,
 ) -> MakeLayer:
     """Mixture-of-Depths around a transformer block."""
 
     def make(key: PRNGKeyArray) -> mode.MixtureOfDepths:
         learned = mode.Predictor(DIM, key=key) if predictor else None
         return mode.MixtureOfDepths(
-            block(key), DIM, capacity, gate=gate, predictor=learned, router_std=0.8, key=key
+            block(key),
+            DIM,
+            capacity,
+            gate=gate,
+            weigh_values=weigh_values,
+            predictor=learned,
+            router_std=0.8,
+            key=key,
         )
 
     return make
@@ -110,7 +120,11 @@ SELECTED = mode.SelectedSoftmaxGate()
 
 CASES = {
     "dense": Case([dense], tied=False),
-    "mod quantile identity": Case([dense, mod()], level=0.3, seed=2),
+    "mod quantile absolute": Case([dense, mod()], level=0.9, seed=2),
+    "mod quantile identity": Case([dense, mod(mode.IdentityGate())], level=0.3, seed=2),
+    "mod of equation 1": Case(
+        [dense, mod(mode.IdentityGate(), weigh_values=False)], level=0.3, seed=2
+    ),
     "mod quantile sigmoid, half of the slots": Case(
         [dense, mod(mode.SigmoidGate(2.0))], mode.QuantileThreshold(0.5), level=-0.5
     ),

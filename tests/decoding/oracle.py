@@ -17,11 +17,14 @@ from tests.helpers import f64, oracle_experts, oracle_function, oracle_options, 
 
 
 class Part(Protocol):
-    """A block or a layer: maps the next token's hidden state to its update or its hidden state."""
+    """A block or a layer: maps the next token's hidden state to its update or its hidden state.
+
+    `weight` multiplies the values of the token, where there are such.
+    """
 
     routers: list[Router]
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats: ...
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats: ...
 
 
 class Attention:
@@ -32,7 +35,7 @@ class Attention:
         self.projections = oracle_projections(attention)
         self.past: list[tuple[ref.Floats, ref.Floats, int]] = []
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Attends from the next token to itself and to those before it."""
         heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
         q, k, v = (
@@ -43,7 +46,7 @@ class Attention:
         if theta is not None:
             at = np.array([position])
             q, k = ref.rope(q[None], at, theta)[0], ref.rope(k[None], at, theta)[0]
-        self.past.append((k, v, position))
+        self.past.append((k, weight * v, position))
         options = oracle_options(self.attention.attend)
         mixed = np.zeros_like(q)
         for head in range(heads):
@@ -68,7 +71,7 @@ class FeedForward:
         self.function = oracle_function(function)
         self.routers: list[Router] = []
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Maps the token."""
         return self.function(x)
 
@@ -82,7 +85,7 @@ class Experts:
         self.experts = oracle_experts(block.experts)
         self.shared = [] if block.shared is None else oracle_experts(block.shared)
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Adds up what the token's experts return, by their weights."""
         decision = self.router.decide(x)
         update = np.zeros_like(x)
@@ -100,10 +103,10 @@ class Block:
         self.feedforward = make_block(block.feedforward, max_tokens)
         self.routers = self.feedforward.routers
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Returns attention plus feed-forward, without the residual."""
         normed = ref.rms_norm(x[None], f64(self.block.attention_norm.weight))[0]
-        attended = self.attention.step(normed, position)
+        attended = self.attention.step(normed, position, weight)
         normed = ref.rms_norm((x + attended)[None], f64(self.block.feedforward_norm.weight))[0]
         return attended + self.feedforward.step(normed, position)
 
@@ -115,7 +118,7 @@ class Dense:
         self.block = make_block(layer.block, max_tokens)
         self.routers = self.block.routers
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Adds the block's update."""
         return x + self.block.step(x, position)
 
@@ -126,13 +129,15 @@ class Depths:
     def __init__(self, layer: mode.MixtureOfDepths, max_tokens: int) -> None:
         self.router = Router(layer.router, max_tokens)
         self.block = make_block(layer.block, self.router.slots)
+        self.weigh_values = layer.weigh_values
         self.routers = [self.router, *self.block.routers]
 
-    def step(self, x: ref.Floats, position: int) -> ref.Floats:
+    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
         """Runs the block on a selected token, with the position that it had in the text."""
         decision = self.router.decide(x)
         if decision.selected[0]:
-            return x + decision.weight[0] * self.block.step(x, position)
+            given = decision.weight[0] if self.weigh_values else 1.0
+            return x + decision.weight[0] * self.block.step(x, position, given)
         for router in self.block.routers:
             router.decisions.append(None)
         return x

@@ -10,6 +10,7 @@ from tests.helpers import f64, oracle_router
 
 
 GATES: dict[type[mode.AbstractGate], ref.Gate] = {
+    mode.AbsoluteGate: "absolute",
     mode.IdentityGate: "raw",
     mode.SigmoidGate: "sigmoid",
     mode.TanhGate: "tanh",

@@ -36,7 +36,7 @@ SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
 FLAGS = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
     *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),
-    *("--held-out", "4", "--budget", "0.043"),
+    *("--held-out", "4", "--budget", "0.043", "--no-recall"),
 ]
 
 
@@ -69,11 +69,12 @@ def running(*words: str) -> Iterator[subprocess.Popen[str]]:
 def test_steps_make_training_flops_equal() -> None:
     flops = budget.training_budget(0.5, SIZE)
     for arm in arms.ARMS:
-        per_step = budget.flops_per_step(arm, SIZE)
-        steps = budget.steps_for(arm, flops, per_step)
-        assert abs(steps * per_step - flops) <= per_step
-    dense, mod = (budget.forward_flops_per_token(arm, arms.Size()) for arm in arms.ARMS[:2])
-    assert mod < 0.7 * dense
+        per_step = budget.flops_per_step(arm, SIZE, steps.Recipe())
+        count = budget.steps_for(arm, flops, per_step)
+        assert abs(count * per_step - flops) <= per_step
+    each = [arms.arm_named(name) for name in ("dense", "left-out", "mod")]
+    dense, left_out, mod = (budget.forward_flops_per_token(arm, arms.Size()) for arm in each)
+    assert left_out < mod < 0.7 * dense
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
@@ -156,9 +157,13 @@ def test_a_step_that_is_not_finite_can_be_skipped(
     whole = steps.loss_and_gradient
 
     def now_and_then(
-        arm: arms.Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray
+        arm: arms.Arm,
+        recipe: steps.Recipe,
+        model: mode.Transformer,
+        batch: Batch,
+        key: PRNGKeyArray,
     ) -> Any:
-        loss, routings, gradient = whole(arm, model, batch, key)
+        loss, routings, gradient = whole(arm, recipe, model, batch, key)
         # Of the state, so that one program serves all steps.
         bad = mode.routers(model)[0].state.updates.reshape(-1)[0] == bad_after
         return jax.numpy.where(bad, math.nan, loss), routings, gradient
@@ -185,8 +190,8 @@ def test_skipped_steps_are_counted_over_resumes(
     """A run that stops itself stops at the same step again, however often it goes on."""
     whole = steps.loss_and_gradient
 
-    def bad(arm: arms.Arm, model: mode.Transformer, batch: Batch, key: PRNGKeyArray) -> Any:
-        loss, routings, gradient = whole(arm, model, batch, key)
+    def bad(arm: arms.Arm, recipe: steps.Recipe, *rest: Any) -> Any:
+        loss, routings, gradient = whole(arm, recipe, *rest)
         return loss + math.nan, routings, gradient
 
     monkeypatch.setattr(steps, "loss_and_gradient", bad)
@@ -294,7 +299,7 @@ def _check_report(out: Path, results: report.Results) -> None:
     for result in results.arms:
         assert f"**{result.arm.name}**" in text
         assert f"{result.evaluation.bits_causal:.3f}" in text
-        costs.append(budget.flops_per_step(result.arm, SIZE))
+        costs.append(budget.flops_per_step(result.arm, SIZE, steps.Recipe()))
     for words in ("One seed", "Toy scale", "looks at the future", "mode-lab ablate", "- jax "):
         assert words in text
     for name in ("curves.png", "routing.png"):

@@ -16,10 +16,11 @@ import scipy.stats
 
 from mode.lab.evidence.claims import CLAIMS, accuracy, report_claims
 from mode.lab.evidence.curves import Curve, Parabola
-from mode.lab.evidence.frame import Interval, Runs, to_frame
+from mode.lab.evidence.frame import Runs, to_frame
 from mode.lab.evidence.presets import PRESETS, SWEEP_ARMS, sizes_like
 from mode.lab.evidence.records import Mark, RunRecord
 from mode.lab.evidence.sweep import list_runs
+from mode.lab.intervals import Interval
 from mode.lab.options import Recipe
 from tests.lab.helpers import quiet
 from tests.lab.records import REFERENCE, made_up

@@ -106,6 +106,6 @@ def test_predictor_and_block_of_a_users_own() -> None:
     hidden, (routing,) = layer(x)
     selected = np.asarray(x[..., 0] > 0.5)
     assert (routing.selected[..., 0] == selected).all()
-    weight = np.asarray(routing.logits)
+    weight = np.abs(routing.logits)
     expected = np.where(selected[..., None], x + weight * np.tanh(x), x)
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,7 @@ def test_staged(info: mode.TokenInfo | None) -> None:
     def staged(x: Any, valid: Any, positions: Any, segments: Any) -> Any:
         update = oracle_block(block, feedforward)
         router = oracle_router(layer.router)[0]
-        return ref.mixture_of_depths(x, router, update, 0.5, "raw", valid, positions, segments)
+        return ref.mixture_of_depths(x, router, update, 0.5, "absolute", valid, positions, segments)
 
     expected, assignment = ref.over_groups(staged, 1, *numbers(x, info))
     assert_assigned(depth, assignment)

@@ -42,6 +42,7 @@ from .losses import (
     load_balance_loss as load_balance_loss,
     precision_recall as precision_recall,
     router_entropy as router_entropy,
+    router_l1_loss as router_l1_loss,
     router_z_loss as router_z_loss,
     running_quantile as running_quantile,
     selection_bce as selection_bce,

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
-Gate: TypeAlias = Literal["raw", "sigmoid", "tanh", "softmax", "selected_softmax"]
+Gate: TypeAlias = Literal["absolute", "raw", "sigmoid", "tanh", "softmax", "selected_softmax"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Assignment:
 
 
 Selector: TypeAlias = Callable[[Floats, Bools], Assignment]
-Block: TypeAlias = Callable[[Floats, Ints, Ints], Floats]
+Block: TypeAlias = Callable[..., Floats]  # of tokens, positions, segments and maybe weights
 
 
 def as_float64(values: ArrayLike) -> Floats:

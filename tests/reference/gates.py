@@ -33,6 +33,8 @@ def selection_scores(logits: Floats, gate: Gate, bias: Floats | None = None) -> 
     """
     num_tokens, num_choices = logits.shape
     biased = as_float64(logits) + (np.zeros(num_choices) if bias is None else as_float64(bias))
+    if gate == "absolute":
+        return np.abs(biased)
     if gate in ("softmax", "selected_softmax"):
         return np.array([biased[t] - logsumexp(biased[t]) for t in range(num_tokens)])
     return biased
@@ -53,6 +55,8 @@ def combine_weights(logits: Floats, index: Ints, gate: Gate, scale: float = 1.0)
         logit = float(logits[token, expert])
         if gate == "raw":
             weights[expert, slot] = logit
+        elif gate == "absolute":
+            weights[expert, slot] = max(logit, -logit)
         elif gate == "sigmoid":
             weights[expert, slot] = scale * sigmoid(logit)
         elif gate == "tanh":

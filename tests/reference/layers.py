@@ -27,15 +27,18 @@ def mixture_of_depths(
     w_router: Floats,
     block: Block,
     capacity: float | Fraction,
-    gate: Gate = "raw",
+    gate: Gate = "absolute",
     valid: Bools | None = None,
     positions: Ints | None = None,
     segment_ids: Ints | None = None,
     *,
     scale: float = 1.0,
     select: Selector | None = None,
+    weigh_values: bool = True,
 ) -> tuple[Floats, Assignment]:
     """MoD eq. 1: x_i + r_i f_i(X~) for the selected tokens X~, x_i for the others.
+
+    With `weigh_values`, the block gets the weights r too, for the values of its attention.
 
     `w_router` is `[dim]`. `block` is f, the residual update alone; it sees the selected tokens
     only, in time order, with the positions and segments they had in the whole sequence.
@@ -60,7 +63,9 @@ def mixture_of_depths(
     out = as_float64(x).copy()
     chosen = [int(t) for t in assignment.index[0] if t < num_tokens]
     if chosen:
-        update = block(as_float64(x)[chosen], positions[chosen], segment_ids[chosen])
+        # In ascending order, the tokens come before the empty slots.
+        given = (weights[0, : len(chosen)],) if weigh_values else ()
+        update = block(as_float64(x)[chosen], positions[chosen], segment_ids[chosen], *given)
         for slot, token in enumerate(chosen):
             out[token] = out[token] + weights[0, slot] * update[slot]
     return out, assignment

@@ -22,6 +22,11 @@ def router_z_loss(logits: Floats, valid: Bools) -> float:
     return _mean([logsumexp(row) ** 2 for row in logits[valid]])
 
 
+def router_l1_loss(logits: Floats, valid: Bools) -> float:
+    """Mean over valid tokens of the mean of |logit| over their choices."""
+    return _mean([_mean([abs(logit) for logit in row]) for row in logits[valid]])
+
+
 def load_balance_loss(logits: Floats, load: Ints, valid: Bools) -> float:
     """choices * sum_i f_i P_i (Switch, arXiv:2101.03961), mean of the groups with tokens.
 

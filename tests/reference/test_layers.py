@@ -1,5 +1,7 @@
 """The oracle's gates and layers, against numbers worked out by hand."""
 
+from typing import Any
+
 import numpy as np
 
 from tests import reference as ref
@@ -61,6 +63,21 @@ def test_combine_weights_of_every_gate() -> None:
     np.testing.assert_allclose(halved, [[0.0, 0.0], [0.4, 0.3]], atol=1e-15)
 
 
+def test_mixture_of_depths_by_absolute_weights() -> None:
+    """Scores are 1, 4, 1 and 2 in size, so tokens 1 and 3; the block adds their weights, 4 and 2.
+
+    x_1 + 4 * 4 = (-4 + 16, 1 + 16), x_3 + 2 * 2 = (2 + 4, 0 + 4).
+    """
+    x = np.array([[1.0, 7.0], [-4.0, 1.0], [-1.0, 5.0], [2.0, 0.0]])
+
+    def block(x: ref.Floats, positions: ref.Ints, segments: ref.Ints, w: ref.Floats) -> ref.Floats:
+        return np.stack([w, w], axis=1)
+
+    y, got = ref.mixture_of_depths(x, np.array([1.0, 0.0]), block, 0.5)
+    assert got.index.tolist() == [[1, 3]]
+    assert y.tolist() == [[1.0, 7.0], [12.0, 17.0], [-1.0, 5.0], [6.0, 4.0]]
+
+
 def test_mixture_of_depths_equation_one() -> None:
     """Scores are the first coordinate: 1, 4, -1, 2. Half of four tokens: 1 and 3.
 
@@ -80,8 +97,10 @@ def test_mixture_of_depths_equation_one() -> None:
         np.array([1.0, 0.0]),
         block,
         0.5,
+        "raw",
         positions=np.array([10, 11, 0, 1]),
         segment_ids=np.array([1, 1, 2, 2]),
+        weigh_values=False,
     )
     assert got.index.tolist() == [[1, 3]]
     assert seen == [[11, 1], [1, 2]]
@@ -99,14 +118,15 @@ def test_mixture_of_depths_padding_other_selectors_and_nobody() -> None:
     def double(x: ref.Floats, positions: ref.Ints, segment_ids: ref.Ints) -> ref.Floats:
         return x
 
-    y, _ = ref.mixture_of_depths(x, np.ones(1), double, 0.25, valid=valid)
+    raw: Any = {"gate": "raw", "weigh_values": False}
+    y, _ = ref.mixture_of_depths(x, np.ones(1), double, 0.25, **raw, valid=valid)
     assert y.ravel().tolist() == [1.0, 4.0, -1.0, 6.0]
     y, got = ref.mixture_of_depths(
-        x, np.ones(1), double, 0.25, valid=valid, select=lambda s, v: ref.threshold(s, v, 3)
+        x, np.ones(1), double, 0.25, **raw, valid=valid, select=lambda s, v: ref.threshold(s, v, 3)
     )
     assert y.ravel().tolist() == [2.0, 4.0, -1.0, 6.0]
     assert got.index.tolist() == [[0, 3, 4]]
-    y, _ = ref.mixture_of_depths(x, np.ones(1), double, 0.25, valid=np.zeros(4, dtype=bool))
+    y, _ = ref.mixture_of_depths(x, np.ones(1), double, 0.25, **raw, valid=np.zeros(4, dtype=bool))
     assert y.tolist() == x.tolist()
 
 

@@ -109,3 +109,30 @@ def test_block_delta_is_attention_plus_feedforward_without_the_input() -> None:
     )
     expected = [[3.0, 3.0], [2 + 3 / np.sqrt(5), -1 / np.sqrt(5)]]
     np.testing.assert_allclose(delta, expected, rtol=1e-5)
+
+
+def test_weights_multiply_the_values() -> None:
+    """As above, with weights 1 and 3: a_1 is the average of (2, 2) and (6, -6), (4, -2).
+
+    x + a = (5, -3), of mean square 17.
+    """
+    params = ref.BlockParams(
+        norm1=np.ones(2),
+        w_q=np.zeros((2, 2)),
+        w_k=np.eye(2),
+        w_v=np.eye(2),
+        w_o=2 * np.eye(2),
+        norm2=np.ones(2),
+        feedforward=lambda x: x,
+        num_heads=1,
+        num_kv_heads=1,
+    )
+    delta = ref.transformer_block_delta(
+        np.array([[1.0, 1.0], [1.0, -1.0]]),
+        params,
+        np.array([3, 8]),
+        np.array([1, 1]),
+        np.array([1.0, 3.0]),
+    )
+    expected = [4 + 5 / np.sqrt(17), -2 - 3 / np.sqrt(17)]
+    np.testing.assert_allclose(delta[1], expected, rtol=1e-5)

@@ -125,14 +125,23 @@ class BlockParams:
 
 
 def transformer_block_delta(
-    x: Floats, params: BlockParams, positions: Ints, segment_ids: Ints
+    x: Floats,
+    params: BlockParams,
+    positions: Ints,
+    segment_ids: Ints,
+    weights: Floats | None = None,
 ) -> Floats:
-    """f of MoD eq. 1, attention and the MLP after it: a + ff(norm2(x + a)), a = attn(norm1(x))."""
+    """f of MoD eq. 1, attention and the MLP after it: a + ff(norm2(x + a)), a = attn(norm1(x)).
+
+    `weights`, one for each token, multiply its values.
+    """
     x = as_float64(x)
     normed = rms_norm(x, params.norm1)
     q = (normed @ params.w_q).reshape(len(x), params.num_heads, -1)
     k = (normed @ params.w_k).reshape(len(x), params.num_kv_heads, -1)
     v = (normed @ params.w_v).reshape(len(x), params.num_kv_heads, -1)
+    if weights is not None:
+        v = np.array([weight * value for weight, value in zip(weights, v, strict=True)])
     if params.theta is not None:
         q, k = rope(q, positions, params.theta), rope(k, positions, params.theta)
     mixed = causal_attention(q, k, v, segment_ids, positions, params.options)

@@ -18,6 +18,7 @@ DIM = 8
 
 # Each gate with the oracle's name for it and its scale.
 GATES: dict[str, tuple[mode.AbstractGate, ref.Gate, float]] = {
+    "absolute": (mode.AbsoluteGate(), "absolute", 1.0),
     "identity": (mode.IdentityGate(), "raw", 1.0),
     "sigmoid": (mode.SigmoidGate(), "sigmoid", 1.0),
     "twice sigmoid": (mode.SigmoidGate(2.0), "sigmoid", 2.0),

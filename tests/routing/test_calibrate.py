@@ -61,9 +61,10 @@ def test_several_batches_count_equally_and_other_text_is_close() -> None:
     calibrated = mode.calibrate_thresholds(model, *batches)
     quantiles = []
     for batch in batches:
-        logits = f64(model(batch)[1][0].logits[0])  # the layer below the first router is dense
-        valid = np.ones(logits.shape[:-1], bool)
-        quantiles.append(ref.running_quantile(np.zeros(1), logits, valid, 0.25, 0.0, 0)[0])
+        # The layer below the first router is dense; scores are sizes of logits.
+        scores = np.abs(f64(model(batch)[1][0].logits[0]))
+        valid = np.ones(scores.shape[:-1], bool)
+        quantiles.append(ref.running_quantile(np.zeros(1), scores, valid, 0.25, 0.0, 0)[0])
     (router,) = mode.routers(calibrated)
     assert np.allclose(router.state.threshold[0, 0], np.mean(quantiles), atol=1e-6)
     assert router.state.updates.tolist() == [4, 4]

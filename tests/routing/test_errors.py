@@ -226,6 +226,22 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.TokenInfo(jnp.zeros((2, 8), int), jnp.ones((2, 8), bool)),
         "`segment_ids` must be of an integer dtype, got bool",
     ),
+    "weights of another shape": (
+        lambda: mode.TokenInfo.plain((2, 3)).with_weight(jnp.ones((3, 2))),
+        r"`weight` must be floating-point numbers .*\(2, 3\), got float32 of shape \(3, 2\)",
+    ),
+    "weights that are integers": (
+        lambda: mode.TokenInfo.plain((2, 3)).with_weight(jnp.ones((2, 3), int)),
+        "`weight` must be floating-point numbers .* got int32",
+    ),
+    "a schedule of a fraction of a step": (
+        lambda: mode.capacity_schedule(plain_router(), unchecked(1.5)),
+        "`steps` must be an integer of at least 1, got 1.5",
+    ),
+    "capacities that are no numbers": (
+        lambda: mode.with_capacity([plain_router()], unchecked("a")),
+        "`capacity` must be a finite number above 0, got 'a'",
+    ),
     "positions and segments of two shapes": (
         lambda: mode.TokenInfo(jnp.zeros((2, 8), int), jnp.ones((8,), int)),
         r"`positions` and `segment_ids` must have the same shape, got \(2, 8\) and \(8,\)",

@@ -64,6 +64,8 @@ def test_scores_never_saturate(gate: str) -> None:
         # A probability that rounds to 1 is the most there is; below it all differ.
         assert scores[2] > scores[3] > -np.inf
         assert (scores <= 0).all()
+    elif gate == "absolute":
+        assert list(np.argsort(scores)) == [0, 1, 2, 3, 4]
     else:
         assert list(np.argsort(scores)) == [3, 2, 0, 1, 4]
 

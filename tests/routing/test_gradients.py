@@ -137,6 +137,7 @@ def test_state_and_predictor_get_no_gradient(select: mode.AbstractSelector, gate
     [
         (mode.router_bce, {"scorer", "x"}),
         (mode.router_z_loss, {"scorer", "x"}),
+        (mode.router_l1_loss, {"scorer", "x"}),
         (mode.load_balance_loss, {"scorer", "x"}),
         (mode.predictor_bce, {"predictor"}),
     ],

@@ -43,6 +43,7 @@ def test_losses(name: str) -> None:
     routing = ROUTINGS[name]
     logits, load, valid, selected = parts(routing)
     assert_close(run(mode.router_z_loss, routing), ref.router_z_loss(logits, valid))
+    assert_close(run(mode.router_l1_loss, routing), ref.router_l1_loss(logits, valid))
     assert_close(run(mode.load_balance_loss, routing), ref.load_balance_loss(logits, load, valid))
     expected = ref.selection_bce(logits[..., : routing.num_experts], selected, valid)
     assert_close(run(mode.router_bce, routing), expected)
@@ -163,6 +164,7 @@ def predicted_accuracy(routing: mode.Routing) -> mode.SelectionAccuracy:
 
 FUNCTIONS: list[Callable[[mode.Routing], Any]] = [
     mode.router_z_loss,
+    mode.router_l1_loss,
     mode.load_balance_loss,
     mode.router_bce,
     mode.predictor_bce,

@@ -1,14 +1,11 @@
-"""All records of a folder as one data frame, and intervals of means over its runs."""
+"""All records of a folder as one data frame."""
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-import scipy.stats
 
 from ..options import Size
 from .curves import Curve, fit_curves
@@ -37,16 +34,37 @@ def to_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """The runs that are compared, as `to_frame` makes them; arms are at the size `reference`."""
+    """The runs that are compared, as `to_frame` makes them; arms are at the size `reference`.
+
+    `frame` are runs of equal FLOPs, `equal_steps` those of as many steps as the dense arm.
+    """
 
     frame: pd.DataFrame
     reference: Size
+    equal_steps: pd.DataFrame
 
     @staticmethod
     def of(frame: pd.DataFrame, reference: Size) -> "Runs":
         """Leaves out the search of learning rates; of runs that differ in the rate, keeps one."""
         frame = frame[frame["seed"] < SEARCH_SEED]
-        return Runs(frame.drop_duplicates(["arm", "size", *PAIR], keep="last"), reference)
+        frame = frame.drop_duplicates(["arm", "size", "equal_steps", *PAIR], keep="last")
+        same = frame["equal_steps"]
+        return Runs(frame[~same], reference, frame[same | (frame["arm"] == "dense")])
+
+    @functools.cached_property
+    def recoveries(self) -> pd.DataFrame:
+        """The part of the routed blocks' worth that arms recover: a row for budget and seed.
+
+        The worth, left out minus dense, is the mean over the seeds of a budget: of one seed it is
+        as noisy as what it divides.
+        """
+        frame = self.equal_steps[self.equal_steps["size"] == self.reference]
+        losses = frame.pivot(index=PAIR, columns="arm", values="causal")
+        if not {"dense", "left-out"} <= set(losses):
+            return pd.DataFrame()
+        worth = (losses["left-out"] - losses["dense"]).groupby(level="budget").transform("mean")
+        gains = losses.rsub(losses["left-out"], axis="index").div(worth, axis="index")
+        return gains.drop(columns=["dense", "left-out"])
 
     def varying(self, *fields: str) -> pd.DataFrame:
         """Selects runs whose sizes differ from the reference in these fields or not at all."""
@@ -72,34 +90,3 @@ class Runs:
         rows = [(c.arm, c.budget, seed, fit) for c in self.curves for seed, fit in c.seeds.items()]
         frame = pd.DataFrame(rows, columns=pd.Index(["arm", *PAIR, "fit"]))
         return frame.pivot(index=PAIR, columns="arm", values="fit")
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """The mean of independent values, and Student's interval of confidence 0.95 for it, which is
-    infinite for a single value."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @staticmethod
-    def of(values: Iterable[float]) -> "Interval":
-        """Computes the interval of at least one value."""
-        x = np.fromiter(values, np.float64)
-        half = math.inf
-        if x.size > 1:  # equal values have no error, for which `scipy.stats.t.interval` gives NaN
-            half = scipy.stats.t.ppf(0.975, x.size - 1) * scipy.stats.sem(x)
-        return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), x.size)
-
-    def text(self, spec: str = "+.4f", unit: str = "") -> str:
-        """Formats the mean, the interval and the number of runs.
-
-        >>> Interval.of([1.0, 2.0, 3.0]).text("+.2f", " %")
-        '+2.00 % (-0.48 to +4.48, 3 runs)'
-        """
-        mean = f"{self.mean:{spec}}{unit}"
-        if self.count == 1:
-            return f"{mean} (1 run)"
-        return f"{mean} ({self.low:{spec}} to {self.high:{spec}}, {self.count} runs)"

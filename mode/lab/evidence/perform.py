@@ -60,7 +60,7 @@ def perform(run: Run, arm: Arm, steps: int, corpus: Corpus, watch: Watch) -> Run
         run=run,
         parameters=parameter_count(trained.model),
         forward_flops=forward_flops_per_token(arm, size),
-        step_flops=flops_per_step(arm, size),
+        step_flops=flops_per_step(arm, size, run.recipe),
         steps=steps,
         end=_mark(steps, evaluation),
         slots_top_k=evaluation.routers[0].compute_top_k if evaluation.routers else None,

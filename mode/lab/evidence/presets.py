@@ -18,12 +18,16 @@ from .records import SweepSettings
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Every arm at every size, budget in training FLOPs, and seed from 0."""
+    """Every arm at every size, budget in training FLOPs, and seed from 0.
+
+    At `equal_steps`, arms take the steps that the budget pays for of the dense arm.
+    """
 
     arms: tuple[Arm, ...]
     sizes: tuple[Size, ...]
     budgets: tuple[float, ...]
     seeds: int = 3
+    equal_steps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,8 @@ def bce_loss(routings: Routings, *, weight: float) -> Scalar:
     return weight * jnp.mean(jnp.stack([mode.router_bce(routing) for routing in routings]))
 
 
+# As the paper prints it: the raw logit, on the update alone.
+equation_1 = partial(depths, gate=mode.IdentityGate(), weigh_values=False)
 _MOD = arm_named("mod")
 # Those of the ablation, and what the paper's claims need besides.
 SWEEP_ARMS: tuple[Arm, ...] = (
@@ -75,10 +81,17 @@ SWEEP_ARMS: tuple[Arm, ...] = (
     ),
     Arm(
         "mod-bce-0.1",
-        "Mixture-of-Depths with the paper's cross entropy on the router, of weight 0.1",
-        depths,
+        "Mixture-of-Depths of equation 1 with the paper's cross entropy on the router, of weight "
+        "0.1",
+        equation_1,
         rule=mode.LogitThreshold(),
         auxiliary=partial(bce_loss, weight=0.1),
+    ),
+    dataclasses.replace(
+        _MOD,
+        name="mod-raw",
+        description=f"{_MOD.description}; the weight of equation 1",
+        routed=equation_1,
     ),
     dataclasses.replace(
         _MOD,
@@ -121,9 +134,11 @@ def sizes_like(reference: Size, *names: str) -> tuple[Size, ...]:
 
 
 _COMPARED = sweep_arms("dense", "mod", "mod-random")
+# What says what the routed blocks are worth, and how much of it an arm recovers.
+_RECOVERING = sweep_arms("left-out", "mod", "mod-random")
 _CAUSAL = sweep_arms("mod-after", "mod-predictor", "mod-bce-0.1")
 _EXPERTS = sweep_arms("moe", "mode-staged", "mode-integrated")
-_OTHERS = sweep_arms("moe-reduced", "mod-sigmoid", "mod-every")
+_OTHERS = sweep_arms("moe-reduced", "mod-raw", "mod-sigmoid", "mod-every")
 
 _SMALL = Size(dim=32, depth=4, heads=2)
 _TINY = Size(dim=16, depth=2, heads=1, length=32, batch=4, experts=2, noop=1)
@@ -142,6 +157,8 @@ PRESETS = {
             Grid(_COMPARED, _WIDTHS, _BUDGETS),
             Grid((*_CAUSAL, *_EXPERTS, *_OTHERS), (_SMALL,), _BUDGETS),
             Grid((_MOD,), (*_CAPACITIES, *sizes_like(_SMALL, "32x8")), _BUDGETS),
+            Grid(_RECOVERING, (_SMALL,), _BUDGETS, 5, equal_steps=True),
+            Grid((*_COMPARED, arm_named("left-out")), (_SMALL,), _BUDGETS, 5),
         ),
         rates=(1e-2, 2e-2, 4e-2),
     ),
@@ -151,6 +168,7 @@ PRESETS = {
         (
             Grid(_COMPARED, _LARGE_SIZES, (3e15, 1e16), 2),
             Grid((*_CAUSAL, *_EXPERTS), (_LARGE,), (3e15,), 2),
+            Grid(_RECOVERING, (_LARGE,), (3e15,), 2, equal_steps=True),
         ),
         rates=(1e-3, 2e-3, 4e-3),
     ),
@@ -160,6 +178,7 @@ PRESETS = {
         (
             Grid(_COMPARED, sizes_like(_TINY, "8x2", "16x2", "24x2"), (4e8,), 2),
             Grid((*_CAUSAL, *_EXPERTS), (_TINY,), (4e8,), 2),
+            Grid(_RECOVERING, (_TINY,), (4e8,), 2, equal_steps=True),
         ),
         rates=(1e-2,),
         held_out=16,

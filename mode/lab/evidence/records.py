@@ -20,7 +20,7 @@ class SweepSettings(Record):
     which `rates` and `search_budget` are. Arms are compared at the size `reference`."""
 
     format = "mode-lab isoflop"
-    version = 1
+    version = 2
 
     reference: Size
     rates: tuple[float, ...]
@@ -34,7 +34,8 @@ class Run(Strict):
     """The configuration of a run. Equal configurations give equal results on one machine.
 
     `budget` are training FLOPs, `held_out` the most sequences to evaluate on, and `corpus` is the
-    fingerprint of the text.
+    fingerprint of the text. At `equal_steps`, the budget is that of the dense arm, whose steps the
+    run takes.
     """
 
     arm: str
@@ -44,12 +45,14 @@ class Run(Strict):
     seed: int
     held_out: int
     corpus: str
+    equal_steps: bool = False
 
     @property
     def name(self) -> str:
         """Name of the record's file: readable, and different for every configuration."""
         digest = content_digest(self.model_dump(mode="json"))[:12]
-        return f"{self.arm}_{shape_name(self.size)}_{self.budget:.3g}_{self.seed}_{digest}"
+        arm = f"{self.arm}-equal-steps" if self.equal_steps else self.arm
+        return f"{arm}_{shape_name(self.size)}_{self.budget:.3g}_{self.seed}_{digest}"
 
     @property
     def group(self) -> str:
@@ -94,13 +97,13 @@ class RunRecord(Record):
     """
 
     format = "isoflop run"
-    version = 2
+    version = 3
     remedy = "Delete it, and the same command trains the run again."
 
     run: Run
     parameters: int
     forward_flops: float
-    step_flops: int
+    step_flops: float
     steps: int
     end: Mark
     slots_top_k: float | None

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from ..arms import Arm
+from ..arms import ARMS, Arm
 from ..budget import flops_per_step, steps_for
 from ..console import Bars, progress, say
 from ..data import Corpus, read_corpus
@@ -29,7 +29,14 @@ def list_runs(grids: Sequence[Grid], settings: SweepSettings) -> list[Run]:
     """Lists all runs of the grids, each once, at the learning rate of the recipe."""
     common = {"recipe": settings.recipe, "held_out": settings.held_out, "corpus": settings.corpus}
     runs = (
-        Run(arm=arm.name, size=size, budget=budget, seed=seed, **common)
+        Run(
+            arm=arm.name,
+            size=size,
+            budget=budget,
+            seed=seed,
+            equal_steps=grid.equal_steps,
+            **common,
+        )
         for grid in grids
         for arm, size in itertools.product(grid.arms, grid.sizes)
         for budget, seed in itertools.product(grid.budgets, range(grid.seeds))
@@ -73,11 +80,12 @@ def with_rates(
 
 
 def step_count(arm: Arm, run: Run) -> int:
-    """Returns how many optimizer steps the budget of a run pays for.
+    """Returns how many optimizer steps the budget of a run pays for, of its own arm or the dense.
 
     **Raises:** `ValueError` for fewer than two, and for a model that cannot be built.
     """
-    return steps_for(arm, run.budget, flops_per_step(arm, run.size))
+    paid = ARMS[0] if run.equal_steps else arm
+    return steps_for(paid, run.budget, flops_per_step(paid, run.size, run.recipe))
 
 
 def run_sweep(
@@ -144,7 +152,8 @@ class _Worker:
 
     def _train(self, run: Run, bars: Bars) -> None:
         arm, start = self.arms[run.arm], time.perf_counter()
-        title, steps = f"{run.arm} {shape_name(run.size)}", step_count(arm, run)
+        note = ", equal steps" if run.equal_steps else ""
+        title, steps = f"{run.arm} {shape_name(run.size)}{note}", step_count(arm, run)
         with bars.arm(title, steps) as watch:
             try:
                 record = perform(run, arm, steps, self.corpus, watch)
