@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

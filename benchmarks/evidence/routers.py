@@ -75,14 +75,14 @@ class Noisy(mode.AbstractSelector):
 class Explores(mode.AbstractSelector):
     """Top-k in which, in training, a fraction of the slots goes to random tokens."""
 
-    fraction: float = eqx.field(static=True)
+    part: float = eqx.field(static=True)
     is_causal = False
     max_capacity = None
 
     def __call__(self, inputs: mode.RoutingInputs, *, key: Any = None) -> mode.Assignment:
         if key is not None:
             drawn = jax.random.uniform(key, inputs.scores.shape, inputs.scores.dtype)
-            chance = self.fraction * inputs.slots / inputs.num_tokens
+            chance = self.part * inputs.slots / inputs.num_tokens
             scores = jnp.where(drawn < chance, 1e9 * (1 + drawn), inputs.scores)
             inputs = dataclasses.replace(inputs, scores=scores)
         return mode.ExpertChoice()(inputs)

@@ -138,19 +138,18 @@ def report(out: Path, console: Console) -> None:
     **Raises:** `ValueError` where there is no run, or no arm has finished.
     """
     settings = read_settings(out, AblationSettings)
-    every = dataclasses.replace(settings.options, out=out, arms=NAMES)
-    runs = AblationSettings(options=every, corpus=settings.corpus).runs(out)
-    results = {
-        comparison: [r for run in group.values() if (r := load_result(run.options.out, run))]
-        for comparison, group in runs.items()
-    }
-    finished = tuple(result.arm.name for result in results[EQUAL_FLOPS])
+    finished = tuple(name for name in NAMES if (out / "arms" / name / "result.json").exists())
     options = dataclasses.replace(settings.options, out=out, arms=finished or NAMES)
     command = command_line("ablate", options)
     if not finished:
         raise ValueError(
             f"`out` must hold at least one finished arm, got {out}. Run `{command}` to train them."
         )
+    runs = AblationSettings(options=options, corpus=settings.corpus).runs(out)
+    results = {
+        comparison: [r for run in group.values() if (r := load_result(run.options.out, run))]
+        for comparison, group in runs.items()
+    }
     write_report(out, results[EQUAL_FLOPS], results.get(EQUAL_STEPS, []), command, console)
     if (out / _RECALL).exists():
         report_tasks(out / _RECALL, console)

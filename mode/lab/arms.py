@@ -33,8 +33,8 @@ class Arm:
     the training selection is causal already; the last fraction `under_rule` of training runs under
     it, at the same capacity. `auxiliary` is added to the loss, from the routings of a step.
     `samples` says whether tokens can be routed one by one, so that text can be sampled. `left_out`
-    leaves out the blocks that other arms route, and `recovers` says whether `ablate` asks how much
-    of what these are worth the arm gains.
+    leaves out the blocks that other arms route, and `recovers` says whether `ablate` measures
+    how much of what these are worth the arm gains.
     """
 
     name: str

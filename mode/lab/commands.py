@@ -83,7 +83,7 @@ class Rereport:
 
 
 # In these tasks two tokens are of use together alone: routers must have seen both.
-TASK_RECIPE = Recipe(learning_rate=3e-3, ramp=0.1)
+TASK_RECIPE = Recipe(learning_rate=3e-3, ramp=0.2)
 
 
 @dataclasses.dataclass(frozen=True)

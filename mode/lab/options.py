@@ -33,11 +33,11 @@ NAMES = tuple(ARM_TEXTS)
 
 # The tasks with known answers, which `tasks.sequences` makes.
 TASK_TEXTS = {
-    "recall": "values of keys, asked for after filler",
+    "recall": "values of keys, by questions after filler",
     "s3": "products of permutations of three points among filler",
     "s5": "the same of five points",
     "copy": "a span that comes again later",
-    "arithmetic": "sums of variables, asked for after filler",
+    "arithmetic": "sums of variables, by questions after filler",
 }
 TASK_ARMS = {
     "dense": "a second layer for every token",

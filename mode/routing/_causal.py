@@ -34,8 +34,8 @@ def make_causal(
     - `model`: any tree with routers in it: a layer, a model, a training state.
     - `threshold`: the new selector of every router. By default `PredictorThreshold` for a router
         with a predictor and `QuantileThreshold` for any other. A quantile that
-        `update_router_state` never updated is 0, which under the default gate every token passes,
-        and one that lags behind its router lets another fraction than `capacity` pass:
+        `update_router_state` never updated is one that about half of the tokens pass, and one that
+        lags behind its router lets another fraction than `capacity` pass:
         `calibrate_thresholds(model, text)` sets it from data.
     - `max_capacity`: of the default thresholds, as in `AbstractThreshold`. To train under `None`,
         call `make_causal` inside the loss: an optimizer's state has the structure of the model it

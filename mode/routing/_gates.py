@@ -30,6 +30,14 @@ class AbstractGate(eqx.Module):
     def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
         """Returns the weight of every expert for every token, selected or not."""
 
+    def median_score(self, deviation: float) -> float:
+        """The median of the scores of logits around 0 with this standard deviation.
+
+        Running thresholds start there: half of the tokens pass before anything is learned.
+        """
+        del deviation
+        return 0.0
+
 
 class _LogitGate(AbstractGate):
     """A gate that acts on each expert's logit by itself: the score is the logit."""
@@ -50,6 +58,9 @@ class AbsoluteGate(AbstractGate):
 
     def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
         return jnp.abs(logits[..., : selected.shape[-1]])
+
+    def median_score(self, deviation: float) -> float:
+        return 0.6744897501960817 * deviation  # the third quartile of a normal distribution
 
 
 class IdentityGate(_LogitGate):

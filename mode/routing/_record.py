@@ -139,11 +139,11 @@ class RouterState(eqx.Module):
     updates: Int[Array, "*layers"]
 
     @staticmethod
-    def initial(num_experts: int, num_choices: int) -> "RouterState":
-        """Returns the state before the first update: all zeros."""
+    def initial(num_experts: int, num_choices: int, threshold: float = 0.0) -> "RouterState":
+        """Returns the state before the first update: no bias, and thresholds to start with."""
         return RouterState(
             jnp.zeros(num_choices, jnp.float32),
-            jnp.zeros(num_experts, jnp.float32),
+            jnp.full(num_experts, threshold, jnp.float32),
             jnp.zeros((), jnp.int32),
         )
 

@@ -88,7 +88,10 @@ class Router(eqx.Module):
         self.select = select
         self.gate = gate
         self.predictor = predictor
-        self.state = RouterState.initial(num_experts, num_experts + num_noop)
+        deviation = 1.0 if std is None else std * dim**0.5  # of logits of features of variance 1
+        self.state = RouterState.initial(
+            num_experts, num_experts + num_noop, gate.median_score(deviation)
+        )
         self.dim = dim
         self.capacity = exact_fraction("capacity", capacity)
         self.num_experts = num_experts

@@ -94,7 +94,10 @@ def experts(
             return mode.Residual(mixture)
         if inside == "block":
             return mode.Residual(block(key, mixture))
-        return mode.MixtureOfDepths(block(key, mixture), DIM, 0.5, router_std=0.8, key=key)
+        gate_of_depths = mode.IdentityGate()  # whose scores are about 0, as the level supposes
+        return mode.MixtureOfDepths(
+            block(key, mixture), DIM, 0.5, gate=gate_of_depths, router_std=0.8, key=key
+        )
 
     return make
 

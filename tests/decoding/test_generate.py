@@ -112,7 +112,7 @@ def test_steps_after_the_last_stop_token_do_not_run() -> None:
 def test_a_text_in_pieces_is_the_text() -> None:
     """However its steps are split over calls; what is done stays done."""
     model = build(STAGED)
-    options: dict[str, Any] = {"sampler": mode.Sampler(), "keys": keys(), "stop_token": STOP}
+    options: dict[str, Any] = {"sampler": mode.Sampler(), "keys": keys(), "stop_token": 2}
     whole = mode.generate(model, prompts(), LENGTHS, steps=10, max_tokens=24, **options)
     made, _ = mode.prefill(model, prompts(), LENGTHS, max_tokens=24)
     pieces: list[mode.Generation] = []

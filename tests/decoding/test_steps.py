@@ -214,7 +214,7 @@ def first_feature_decides() -> mode.Transformer:
     return mode.make_causal(ranked(model), threshold=mode.LogitThreshold())
 
 
-@pytest.mark.parametrize("name", ["mod quantile identity", "token choice 2 selected softmax"])
+@pytest.mark.parametrize("name", ["mod of equation 1", "token choice 2 selected softmax"])
 def test_in_bfloat16(name: str) -> None:
     """The same tokens are selected, and logits are float32 and close to those of float32."""
     model = build(name, "bfloat16")

@@ -27,6 +27,7 @@ def made_up(
     forward: float = 2000.0,
     mark: Mark | None = None,
     rate: float = 0.01,
+    equal_steps: bool = False,
 ) -> RunRecord:
     """Makes a record of a run that never was."""
     run = Run(
@@ -37,6 +38,7 @@ def made_up(
         seed=seed,
         held_out=8,
         corpus="text",
+        equal_steps=equal_steps,
     )
     if mark is None:
         top_k = causal - gap
@@ -45,7 +47,7 @@ def made_up(
         run=run,
         parameters=parameters,
         forward_flops=forward,
-        step_flops=10**7,
+        step_flops=1e7,
         steps=10,
         end=mark,
         slots_top_k=0.125,

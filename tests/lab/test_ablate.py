@@ -86,7 +86,7 @@ def test_a_bad_budget_is_refused(value: float, tmp_path: Path) -> None:
 
 def test_a_budget_below_two_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`budget` must pay for at least 2 steps.*0\.40 steps"):
-        budget.steps_for(arms.ARMS[0], 40.0, 100)
+        budget.steps_for(arms.ARMS[0], 40.0, 100.0)
 
 
 def test_an_unknown_arm_is_refused() -> None:

@@ -32,7 +32,7 @@ def arguments(world: Path) -> dict[str, list[str]]:
     """The commands that read files back, each for the folder it reads."""
     data = ["--data", str(world / "texts" / "*.txt"), *SIZES]
     run = str(world / "run")
-    budget = ["--arms", "dense", "mod", "--budget", "7e-3"]
+    budget = ["--arms", "dense", "mod", "--budget", "7e-3", "--no-recall"]
     return {
         "train": ["train", "--out", run, "--steps", "4", "--save-every", "2", *data],
         "generate": ["generate", "--checkpoint", run, "--steps", "2"],

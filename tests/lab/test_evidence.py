@@ -306,7 +306,7 @@ def test_what_a_sweep_refuses(tmp_path: Path, texts: str) -> None:
         assert not (tmp_path / "new").exists()
         return str(caught.value)
 
-    assert "`arms` must be of dense, mod" in refusal(arms=("best",))
+    assert "`arms` must be of dense, left-out, mod" in refusal(arms=("best",))
     assert "`arms` must be one or more, each once, got ('mod', 'mod')" in refusal(
         arms=("mod", "mod")
     )

@@ -100,7 +100,7 @@ CASES = [
     (name, flag) for name, kind in OPTIONS.items() for flag, hint in flags(kind) if is_number(hint)
 ]
 # What may be 0.
-ZERO = {"seed", "temperature", "weight-decay", "warmup", "noop", "process"}
+ZERO = {"seed", "temperature", "weight-decay", "warmup", "noop", "process", "router-cost", "ramp"}
 
 
 class Started(Exception):

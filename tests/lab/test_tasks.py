@@ -10,7 +10,7 @@ from rich.console import Console
 
 import mode
 from mode.lab.ablate import run_rereport
-from mode.lab.commands import Rereport, Tasks
+from mode.lab.commands import TASK_RECIPE, Rereport, Tasks
 from mode.lab.options import TASK_ARMS, TASK_TEXTS, Recipe
 from mode.lab.tasks.arms import TaskSize, build, mixture_of_depths, train_and_score
 from mode.lab.tasks.command import run_tasks
@@ -59,7 +59,7 @@ def test_recall_by_reading_it() -> None:
     """A dictionary answers every question."""
     task, keys = recall(), 8
     for row in rows(task):
-        values, asked = {}, 0
+        values, questions = {}, 0
         for (token, _, _, kind), (following, *_) in itertools.pairwise(row):
             if task.classes[kind] == "key":
                 values[token] = following
@@ -67,8 +67,8 @@ def test_recall_by_reading_it() -> None:
             assert scored == (task.classes[kind] == "question")
             if scored:
                 assert values[token - 2 * keys] == target
-                asked += 1
-        assert asked == len(values) == 4
+                questions += 1
+        assert questions == len(values) == 4
 
 
 @pytest.mark.parametrize(("points", "density"), [(3, 0.02), (3, 0.5), (5, 0.125)])
@@ -149,11 +149,10 @@ def test_every_arm_trains(arm: str) -> None:
 
 
 def test_recall_is_learned() -> None:
-    """A short training at a high rate finds the questions; random selection gives all the same."""
-    task, recipe = recall(length=32, pairs=2, keys=4), Recipe(learning_rate=1e-2)
-    size = TaskSize(dim=32, heads=4, batch=16)
-    learned, causal = train_and_score(task, "learned", recipe, steps=300, seed=0, size=size)
-    random, _ = train_and_score(task, "random", recipe, steps=300, seed=0, size=size)
+    """A short training finds the questions; random selection gives all classes the same."""
+    task = recall(length=32, pairs=2, keys=4)
+    learned, causal = train_and_score(task, "learned", TASK_RECIPE, steps=500, seed=0)
+    random, _ = train_and_score(task, "random", TASK_RECIPE, steps=100, seed=0)
     assert learned.hits["question"] > 0.8
     assert causal is not None
     assert causal.hits["question"] > 0.8

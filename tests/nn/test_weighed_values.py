@@ -39,7 +39,7 @@ def test_a_block_sees_the_weight_of_each_of_its_tokens(gate: mode.AbstractGate) 
     assert_close(got, np.repeat(squares[..., None], DIM, axis=-1))
 
 
-def test_it_is_none_where_it_is_not_asked_for_and_in_dense_layers() -> None:
+def test_it_is_none_where_it_is_not_wanted_and_in_dense_layers() -> None:
     """A block that does not care sees what it saw."""
     x = hidden_states(1, 3, TOKENS, DIM)
     hidden, (routing,) = make_layer(Shows(), weigh_values=False)(x)

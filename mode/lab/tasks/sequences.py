@@ -154,12 +154,12 @@ def words(points: int = 3, density: float = 0.0625, length: int = 64) -> Task:
 def copy(length: int = 64, span: int = 6, letters: int = 8) -> Task:
     """Copied spans: letters between filler, which come again in the same order.
 
-    A span follows the mark that opens it and is copied, later, behind the mark that asks for it. At
+    A span follows the mark that opens it and is copied, later, behind the second mark. At
     the mark of the copy and at each copied letter the next letter is to be predicted. Spans and
     copies are needed; their letters are the same, and the layer below tells them from the filler,
     which is of the same letters.
     """
-    opened, asked = letters, letters + 1
+    opened, copied = letters, letters + 1
 
     def make(key: PRNGKeyArray) -> Sequence:
         letter_key, first_key, second_key = jax.random.split(key, 3)
@@ -169,7 +169,7 @@ def copy(length: int = 64, span: int = 6, letters: int = 8) -> Task:
         second = half + jax.random.randint(second_key, (), 0, length - half - span - 1)
         inner = jnp.arange(span)
         given = tokens[first + 1 + inner]
-        tokens = tokens.at[first].set(opened).at[second].set(asked)
+        tokens = tokens.at[first].set(opened).at[second].set(copied)
         tokens = tokens.at[second + 1 + inner].set(given)
         classes = jnp.full(length, 2).at[first + 1 + inner].set(0).at[second + inner].set(1)
         targets = jnp.zeros(length, int).at[second + inner].set(given)
@@ -198,13 +198,13 @@ def arithmetic(length: int = 64, variables: int = 4, base: int = 3) -> Task:
         rights = jax.random.permutation(right_key, variables)
         tokens = filler + jax.random.randint(filler_key, (length,), 0, FILLERS)
         places = 2 * jnp.arange(variables)
-        asked = length - 2 * variables + places
+        first = length - 2 * variables + places
         tokens = tokens.at[places].set(order).at[places + 1].set(digit + digits[order])
-        tokens = tokens.at[asked].set(left + lefts).at[asked + 1].set(right + rights)
+        tokens = tokens.at[first].set(left + lefts).at[first + 1].set(right + rights)
         classes = jnp.full(length, 4).at[places].set(0).at[places + 1].set(1)
-        classes = classes.at[asked].set(2).at[asked + 1].set(3)
+        classes = classes.at[first].set(2).at[first + 1].set(3)
         sums = (digits[lefts] + digits[rights]) % base
-        targets = jnp.zeros(length, int).at[asked + 1].set(digit + sums)
+        targets = jnp.zeros(length, int).at[first + 1].set(digit + sums)
         return _sequence(tokens, classes, targets, 3)
 
     about = f"{variables} variables with digits, filler, {variables} sums of two of them"
