@@ -23,7 +23,6 @@ from .sequences import Sequence, Task, with_oracle
 # Builds the routed layer from a block, the number of features, the capacity and a key.
 MakeRouted = Callable[..., Callable]
 
-
 _SELECTORS = {"random": mode.RandomChoice(), "strided": mode.Strided()}
 # Sequences: tested, for the thresholds, and recorded one by one.
 _TESTED, _CALIBRATED, _SHOWN = 512, 256, 8
@@ -53,14 +52,14 @@ def build(
     def dense(key: PRNGKeyArray) -> mode.Residual:
         return mode.Residual(mode.TransformerBlock(size.dim, size.heads, key=key))
 
+    def controlled(router: mode.Router) -> mode.Router:
+        return eqx.tree_at(lambda r: r.select, router, _SELECTORS[arm])
+
     def routed(key: PRNGKeyArray) -> Callable:
         block_key, router_key = jax.random.split(key)
         block = mode.TransformerBlock(size.dim, size.heads, key=block_key)
         layer = make_routed(block, size.dim, task.capacity, key=router_key)
-        if arm not in _SELECTORS:
-            return layer
-        change = lambda router: eqx.tree_at(lambda r: r.select, router, _SELECTORS[arm])  # noqa: E731
-        return mode.map_routers(change, layer)
+        return mode.map_routers(controlled, layer) if arm in _SELECTORS else layer
 
     upper = {"dense": [dense], "left-out": []}.get(arm, [routed])
     return mode.Transformer(task.vocab, size.dim, [dense, *upper], key=key)
