@@ -30,9 +30,10 @@ from mode.lab.commands import TASK_RECIPE
 from mode.lab.data import Batch, Documents, batches, held_out_batches, read_corpus
 from mode.lab.intervals import Interval
 from mode.lab.options import Recipe, Size
+from mode.lab.recovery import recoveries
 from mode.lab.step import next_byte_loss
 from mode.lab.tables import to_markdown
-from mode.lab.tasks.arms import train_and_score
+from mode.lab.tasks.arms import CONTROLS, TaskSize, build, train_and_score
 from mode.lab.tasks.fit import fit
 from mode.lab.tasks.sequences import task_named
 from mode.routing import Routings
@@ -184,21 +185,10 @@ def text_run(variant: Variant, seed: int, steps: int, rate: float) -> dict[str, 
     samples = jax.tree.map(lambda *x: np.stack(x), *[next(stream) for _ in range(steps)])
     model_key, run_key = jax.random.split(jax.random.key(seed))
 
-    def dense(key: PRNGKeyArray) -> mode.Residual:
-        return mode.Residual(mode.TransformerBlock(size.dim, size.heads, key=key))
-
-    def routed(key: PRNGKeyArray) -> mode.MixtureOfDepths:
-        first, second = jax.random.split(key)
-        block = mode.TransformerBlock(size.dim, size.heads, key=first)
-        return variant.layer(block, size.dim, size.capacity, key=second)
-
-    upper = {"dense": [dense], "left-out": []}.get(variant.arm, [routed])
-    model = mode.Transformer(size.vocab, size.dim, [dense, *upper], 3, key=model_key)
-    control = {"random": mode.RandomChoice(), "strided": mode.Strided()}.get(variant.arm)
-    if control is not None:
-        model = mode.map_routers(
-            lambda router: eqx.tree_at(lambda r: r.select, router, control), model
-        )
+    sizes = {"vocab": size.vocab, "capacity": size.capacity, "repeats": size.depth // 2}
+    model = build(
+        variant.arm, TaskSize(size.dim, size.heads), variant.layer, **sizes, key=model_key
+    )
 
     def objective(model: Any, sample: Any, key: PRNGKeyArray) -> Any:
         loss, routings = next_byte_loss(model, Batch.of(sample), key)
@@ -211,8 +201,9 @@ def text_run(variant: Variant, seed: int, steps: int, rate: float) -> dict[str, 
     def loss(model: Any, sample: Any, key: Any) -> Array:
         return next_byte_loss(model, Batch.of(sample), key)[0]
 
-    keys = [jax.random.fold_in(run_key, i) if control is not None else None for i in range(999)]
-    losses = [float(loss(model, sample, key)) for sample, key in zip(tests, keys, strict=False)]
+    is_control = variant.arm in CONTROLS
+    keys = [jax.random.fold_in(run_key, i) if is_control else None for i in range(len(tests))]
+    losses = [float(loss(model, sample, key)) for sample, key in zip(tests, keys, strict=True)]
     return {"bits": round(float(np.mean(losses)) / math.log(2), 5)}
 
 
@@ -301,8 +292,7 @@ def tables(frame: pd.DataFrame) -> list[str]:
             if keys[0] == "text":
                 row["bits per byte"] = Interval.of(own["bits"]).text(".4f")
                 if {"dense", "left-out"} <= set(wide):
-                    worth = (wide["left-out"] - wide["dense"]).mean()
-                    gains = ((wide["left-out"] - wide[variant]) / worth).dropna()
+                    gains = recoveries(wide)[variant].dropna()
                     row["recovery, %"] = Interval.of(100 * gains).text("+.0f")
             else:
                 row["accuracy"] = Interval.of(own["accuracy"]).text(".3f")

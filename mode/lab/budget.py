@@ -21,6 +21,7 @@ DENSE_STEPS = 350
 _LONG = 10**6
 
 
+@functools.cache
 def flops_per_step(arm: Arm, size: Size, recipe: Recipe) -> float:
     """FLOPs of a training step's loss and gradient, the mean over a training.
 

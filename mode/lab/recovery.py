@@ -19,6 +19,16 @@ def recovery(arm: float, *, dense: float, left_out: float) -> float:
     return (left_out - arm) / (left_out - dense) if left_out > dense else float("nan")
 
 
+def recoveries(losses: pd.DataFrame) -> pd.DataFrame:
+    """Computes the recovery of every arm, a column, in every run of equal steps, a row.
+
+    What the blocks are worth, left out minus dense, is the mean over the rows: of one seed it is as
+    noisy as what it divides.
+    """
+    worth = (losses["left-out"] - losses["dense"]).mean()
+    return losses.rsub(losses["left-out"], axis="index") / worth
+
+
 def recovery_table(results: Sequence[TrainResult]) -> pd.DataFrame | None:
     """Makes a row for each arm that took equal steps; `None` without `dense` and `left-out`."""
     bits = {result.arm.name: result.evaluation.bits_causal for result in results}

@@ -87,7 +87,9 @@ def write_report(
         record=record,
         table=to_markdown(frame, _FORMATS, **style),
         arms="".join(f"- **{r.arm.name}**: {escape(r.arm.description)}.\n" for r in results),
-        recovery="" if recovered is None else _recovery(to_markdown(recovered, _FORMATS)),
+        recovery=""
+        if recovered is None
+        else prose("ablation_recovery", table=to_markdown(recovered, _FORMATS)),
         flops=f"{flops:.3g}",
         short=prose("ablation_short", steps=steps) if steps < _FEW_STEPS else "",
         size=size,
@@ -106,10 +108,6 @@ def write_report(
         say(console, short, style="bold red")
     words = "Top-k looks at the future; the causal column is what a sampler gets. One seed, toy"
     say(console, f"{words} scale: see {out / 'report.md'}.")
-
-
-def _recovery(table: str) -> str:
-    return prose("ablation_recovery", table=table)
 
 
 def _flops(result: TrainResult) -> float:

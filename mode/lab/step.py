@@ -101,6 +101,22 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    model: PyTree,
+    moments: PyTree,
+    gradient: PyTree,
+    rate: Scalar,
+) -> tuple[PyTree, PyTree]:
+    """Takes one step of an optimizer of rate 1 at another rate: the model and the moments."""
+    parameters = eqx.filter(model, mode.is_trainable(model))
+    # optax mixes integers and floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, moments = optimizer.update(gradient, moments, parameters)
+    updates = jax.tree.map(lambda update: rate * update, updates)
+    return eqx.apply_updates(model, updates), moments
+
+
 class Health(eqx.Module):
     """How a step went: the loss in nats, whether it and every gradient are finite, how many of the
     last steps in a row were skipped, and of each router its largest logit and the slots filled per
@@ -142,11 +158,7 @@ def _jitted(arm: Arm, recipe: Recipe) -> Step:
         )
         leaves = jax.tree.leaves((loss, gradient))
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-        parameters = eqx.filter(state.model, mode.is_trainable(state.model))
-        # optax mixes integers and floats, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, moments = optimizer.update(gradient, state.optimizer, parameters)
-        model = eqx.apply_updates(state.model, jax.tree.map(lambda update: rate * update, updates))
+        model, moments = apply_gradient(optimizer, state.model, state.optimizer, gradient, rate)
         model = mode.update_router_state(model, routings, quantile_rate=arm.quantile_rate)
 
         def select(new: Any, old: Any) -> Any:

@@ -125,7 +125,14 @@ def test_the_oracle_selects_what_is_needed_and_nothing_else(name: str) -> None:
     """With more slots than that, too."""
     task = task_named(name)
     batch = task.batch(jax.random.key(3), 4)
-    model = build(task, "oracle", SMALL, mixture_of_depths, key=jax.random.key(0))
+    model = build(
+        "oracle",
+        SMALL,
+        mixture_of_depths,
+        vocab=task.vocab,
+        capacity=task.capacity,
+        key=jax.random.key(0),
+    )
     for wide in (model, mode.with_capacity(model, 1.0)):
         _, (routing,) = with_oracle(wide, task, batch)(batch.tokens)
         selected = np.asarray(routing.selected[0, ..., 0])

@@ -86,26 +86,29 @@ def test_norm_and_activations() -> None:
     assert got.item() == pytest.approx(np.log(3) * 0.75 * 2 * 5)
 
 
+# Zero queries make attention a plain average, and the identity feed-forward shows its input.
+AVERAGE = ref.BlockParams(
+    norm1=np.ones(2),
+    w_q=np.zeros((2, 2)),
+    w_k=np.eye(2),
+    w_v=np.eye(2),
+    w_o=2 * np.eye(2),
+    norm2=np.ones(2),
+    feedforward=lambda x: x,
+    num_heads=1,
+    num_kv_heads=1,
+)
+
+
 def test_block_delta_is_attention_plus_feedforward_without_the_input() -> None:
-    """Zero queries make attention a plain average, and the identity feed-forward shows its input.
+    """An average of values, and its input shown by the identity.
 
     Tokens (1, 1) and (1, -1) are their own norms (mean square 1, but for eps). Values double them:
     a_0 = (2, 2), a_1 = average = (2, 0). x + a = (3, 3) and (3, -1), of mean squares 9 and 5.
     Delta = (2, 2) + (1, 1) and (2, 0) + (3, -1) / sqrt(5).
     """
-    params = ref.BlockParams(
-        norm1=np.ones(2),
-        w_q=np.zeros((2, 2)),
-        w_k=np.eye(2),
-        w_v=np.eye(2),
-        w_o=2 * np.eye(2),
-        norm2=np.ones(2),
-        feedforward=lambda x: x,
-        num_heads=1,
-        num_kv_heads=1,
-    )
     delta = ref.transformer_block_delta(
-        np.array([[1.0, 1.0], [1.0, -1.0]]), params, np.array([3, 8]), np.array([1, 1])
+        np.array([[1.0, 1.0], [1.0, -1.0]]), AVERAGE, np.array([3, 8]), np.array([1, 1])
     )
     expected = [[3.0, 3.0], [2 + 3 / np.sqrt(5), -1 / np.sqrt(5)]]
     np.testing.assert_allclose(delta, expected, rtol=1e-5)
@@ -116,20 +119,9 @@ def test_weights_multiply_the_values() -> None:
 
     x + a = (5, -3), of mean square 17.
     """
-    params = ref.BlockParams(
-        norm1=np.ones(2),
-        w_q=np.zeros((2, 2)),
-        w_k=np.eye(2),
-        w_v=np.eye(2),
-        w_o=2 * np.eye(2),
-        norm2=np.ones(2),
-        feedforward=lambda x: x,
-        num_heads=1,
-        num_kv_heads=1,
-    )
     delta = ref.transformer_block_delta(
         np.array([[1.0, 1.0], [1.0, -1.0]]),
-        params,
+        AVERAGE,
         np.array([3, 8]),
         np.array([1, 1]),
         np.array([1.0, 3.0]),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ..options import Size
+from ..recovery import recoveries
 from .curves import Curve, fit_curves
 from .records import SEARCH_SEED, RunRecord, shape_name
 
@@ -55,15 +56,13 @@ class Runs:
     def recoveries(self) -> pd.DataFrame:
         """The part of the routed blocks' worth that arms recover: a row for budget and seed.
 
-        The worth, left out minus dense, is the mean over the seeds of a budget: of one seed it is
-        as noisy as what it divides.
+        That worth is the mean over the seeds of a budget.
         """
         frame = self.equal_steps[self.equal_steps["size"] == self.reference]
         losses = frame.pivot(index=PAIR, columns="arm", values="causal")
         if not {"dense", "left-out"} <= set(losses):
             return pd.DataFrame()
-        worth = (losses["left-out"] - losses["dense"]).groupby(level="budget").transform("mean")
-        gains = losses.rsub(losses["left-out"], axis="index").div(worth, axis="index")
+        gains = losses.groupby(level="budget", group_keys=False).apply(recoveries)
         return gains.drop(columns=["dense", "left-out"])
 
     def varying(self, *fields: str) -> pd.DataFrame:

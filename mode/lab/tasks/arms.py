@@ -23,7 +23,8 @@ from .sequences import Sequence, Task, with_oracle
 # Builds the routed layer from a block, the number of features, the capacity and a key.
 MakeRouted = Callable[..., Callable]
 
-_SELECTORS = {"random": mode.RandomChoice(), "strided": mode.Strided()}
+# Selectors of the controls.
+CONTROLS = {"random": mode.RandomChoice(), "strided": mode.Strided()}
 # Sequences: tested, for the thresholds, and recorded one by one.
 _TESTED, _CALIBRATED, _SHOWN = 512, 256, 8
 
@@ -45,7 +46,14 @@ def mixture_of_depths(
 
 
 def build(
-    task: Task, arm: str, size: TaskSize, make_routed: MakeRouted, *, key: PRNGKeyArray
+    arm: str,
+    size: TaskSize,
+    make_routed: MakeRouted,
+    *,
+    vocab: int,
+    capacity: mode.Capacity,
+    repeats: int = 1,
+    key: PRNGKeyArray,
 ) -> mode.Transformer:
     """Builds the model of an arm: a dense layer, and above it what the arm puts there."""
 
@@ -53,16 +61,16 @@ def build(
         return mode.Residual(mode.TransformerBlock(size.dim, size.heads, key=key))
 
     def controlled(router: mode.Router) -> mode.Router:
-        return eqx.tree_at(lambda r: r.select, router, _SELECTORS[arm])
+        return eqx.tree_at(lambda r: r.select, router, CONTROLS[arm])
 
     def routed(key: PRNGKeyArray) -> Callable:
         block_key, router_key = jax.random.split(key)
         block = mode.TransformerBlock(size.dim, size.heads, key=block_key)
-        layer = make_routed(block, size.dim, task.capacity, key=router_key)
-        return mode.map_routers(controlled, layer) if arm in _SELECTORS else layer
+        layer = make_routed(block, size.dim, capacity, key=router_key)
+        return mode.map_routers(controlled, layer) if arm in CONTROLS else layer
 
     upper = {"dense": [dense], "left-out": []}.get(arm, [routed])
-    return mode.Transformer(task.vocab, size.dim, [dense, *upper], key=key)
+    return mode.Transformer(vocab, size.dim, [dense, *upper], repeats, key=key)
 
 
 def train_and_score(
@@ -84,7 +92,8 @@ def train_and_score(
     **Returns:** its scores as it was trained and, where that looks at the future, causally.
     """
     keys = jax.random.split(jax.random.key(seed), 4)
-    model = build(task, arm, size, make_routed, key=keys[0])
+    sizes = {"vocab": task.vocab, "capacity": task.capacity}
+    model = build(arm, size, make_routed, **sizes, key=keys[0])
 
     def run(
         model: mode.Transformer, batch: Sequence, key: PRNGKeyArray

@@ -14,7 +14,7 @@ from mode._types import Scalar
 from mode.routing import Routings
 
 from ..options import Recipe
-from ..step import learning_rates, make_optimizer, routing_cost, stages
+from ..step import apply_gradient, learning_rates, make_optimizer, routing_cost, stages
 
 
 Model = TypeVar("Model")
@@ -49,11 +49,8 @@ def fit(
                 return value + routing_cost(recipe, routings), routings
 
             gradient, routings = jax.grad(loss, has_aux=True)(parameters)
-            # optax mixes integers and floats, which strict promotion refuses.
-            with jax.numpy_dtype_promotion("standard"):
-                updates, moments = optimizer.update(gradient, moments, parameters)
-            updates = jax.tree.map(lambda update: rate * update, updates)
-            model = mode.update_router_state(eqx.apply_updates(model, updates), routings)
+            model, moments = apply_gradient(optimizer, model, moments, gradient, rate)
+            model = mode.update_router_state(model, routings)
             return (eqx.filter(model, eqx.is_array), moments), None
 
         (arrays, moments), _ = jax.lax.scan(step, (arrays, moments), each)
