@@ -59,34 +59,29 @@ class OnePlus(mode.AbstractGate):
         return 1 + logits[..., : selected.shape[-1]]
 
 
-class Noisy(mode.AbstractSelector):
-    """Top-k of scores with Gumbel noise, in training alone: where there is a key."""
+class Perturbed(mode.AbstractSelector):
+    """Top-k of scores that are changed in training alone: where there is a key."""
 
-    scale: float = eqx.field(static=True)
+    change: Callable[[mode.RoutingInputs, PRNGKeyArray], Array] = eqx.field(static=True)
     is_causal = False
     max_capacity = None
 
     def __call__(self, inputs: mode.RoutingInputs, *, key: Any = None) -> mode.Assignment:
         if key is not None:
-            noise = self.scale * jax.random.gumbel(key, inputs.scores.shape, inputs.scores.dtype)
-            inputs = dataclasses.replace(inputs, scores=inputs.scores + noise)
+            inputs = dataclasses.replace(inputs, scores=self.change(inputs, key))
         return mode.ExpertChoice()(inputs)
 
 
-class Explores(mode.AbstractSelector):
-    """Top-k in which, in training, a fraction of the slots goes to random tokens."""
+def noise(inputs: mode.RoutingInputs, key: PRNGKeyArray) -> Array:
+    """Scores with Gumbel noise of scale 0.3."""
+    return inputs.scores + 0.3 * jax.random.gumbel(key, inputs.scores.shape, inputs.scores.dtype)
 
-    part: float = eqx.field(static=True)
-    is_causal = False
-    max_capacity = None
 
-    def __call__(self, inputs: mode.RoutingInputs, *, key: Any = None) -> mode.Assignment:
-        if key is not None:
-            drawn = jax.random.uniform(key, inputs.scores.shape, inputs.scores.dtype)
-            chance = self.part * inputs.slots / inputs.num_tokens
-            scores = jnp.where(drawn < chance, 1e9 * (1 + drawn), inputs.scores)
-            inputs = dataclasses.replace(inputs, scores=scores)
-        return mode.ExpertChoice()(inputs)
+def random_slots(inputs: mode.RoutingInputs, key: PRNGKeyArray) -> Array:
+    """Scores by which about a quarter of the slots goes to random tokens."""
+    drawn = jax.random.uniform(key, inputs.scores.shape, inputs.scores.dtype)
+    chance = 0.25 * inputs.slots / inputs.num_tokens
+    return jnp.where(drawn < chance, 1e9 * (1 + drawn), inputs.scores)
 
 
 class Scorer(eqx.Module):
@@ -164,8 +159,8 @@ VARIANTS = {
     "no ramp": Variant(recipe={"ramp": 0.0}),
     "ramp 0.1": Variant(recipe={"ramp": 0.1, "ramp_stages": 1}),
     "ramp 0.3 in 3": Variant(recipe={"ramp": 0.3, "ramp_stages": 3}),
-    "noise for the ramp": Variant(select=Noisy(0.3), recipe={"ramp": 0.0}),
-    "random slots for the ramp": Variant(select=Explores(0.25), recipe={"ramp": 0.0}),
+    "noise for the ramp": Variant(select=Perturbed(noise), recipe={"ramp": 0.0}),
+    "random slots for the ramp": Variant(select=Perturbed(random_slots), recipe={"ramp": 0.0}),
     "half the std": Variant(std=0.5),
     "twice the std": Variant(std=2.0),
     "router rate x 0.2": Variant(rate=0.2),
