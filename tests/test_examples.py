@@ -7,9 +7,6 @@ import jax
 import pytest
 
 
-OPTIMISED = True
-
-
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 

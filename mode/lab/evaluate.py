@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 import mode
-from mode._types import Scalar
+from mode._types import ExpertLogits, ExpertMask, Logits, Scalar
 from mode.routing import Routings, selected_mask
 
 from .arms import Arm
@@ -58,8 +58,10 @@ class Snippet:
 class Evaluation:
     """Held-out results of one arm: bits per byte, of how many bytes, and what its routers did.
 
-    `bits_causal` has a slot for every token that the causal rule selects. Routers come from the
-    outermost to the innermost of a routed layer; a dense arm has none, and no snippet.
+    `bits_causal` has a slot for every token that the causal rule selects. `bits_without` is the
+    same with every routing weight 0 (`without_updates`); arms of which no recovery is computed have
+    none. Routers come from the outermost to the innermost of a routed layer; a dense arm has none,
+    and no snippet.
     """
 
     bits_top_k: float
@@ -67,6 +69,25 @@ class Evaluation:
     bytes: int
     routers: tuple[RouterReport, ...] = ()
     snippet: Snippet | None = None
+    bits_without: float | None = None
+
+
+class _NoWeight(mode.AbstractGate):
+    def scores(self, logits: Logits) -> Logits:
+        return logits
+
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        return jnp.zeros_like(logits[..., : selected.shape[-1]])
+
+
+def without_updates(model: mode.Transformer) -> mode.Transformer:
+    """The trained model with every routing weight 0: all tokens pass by the routed blocks.
+
+    If it predicts as well as before, the model has learned to do without them, whatever its loss
+    is beside that of other arms.
+    """
+
+    return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.gate, r, _NoWeight()), model)
 
 
 @eqx.filter_jit
@@ -110,11 +131,14 @@ def evaluate(
     bits, count, routings = _run(model, samples, key, mesh)
     if not routings:
         return Evaluation(bits, bits, count)
-    causal_bits, _, causal_routings = _run(arm.causal(model), samples, key, mesh)
+    causal_model, without = arm.causal(model), None
+    causal_bits, _, causal_routings = _run(causal_model, samples, key, mesh)
+    if arm.recovers:
+        without, *_ = _run(without_updates(causal_model), samples, key, mesh)
     numbers = jax.tree.map(float, _compare(arm.rule, model, routings, causal_routings))
     reports = tuple(RouterReport(*row) for row in numbers)
     snippet = _snippet(samples, routings[0], causal_routings[0])
-    return Evaluation(bits, causal_bits, count, reports, snippet)
+    return Evaluation(bits, causal_bits, count, reports, snippet, without)
 
 
 # One program: run operation by operation, each of these would be compiled by itself.

@@ -41,6 +41,7 @@ def recovery_table(results: Sequence[TrainResult]) -> pd.DataFrame | None:
             "steps": result.settings.options.steps,
             "bits / byte, CAUSAL": bits[result.arm.name],
             "recovery": recovery(bits[result.arm.name], **ends),
+            "without its updates": result.evaluation.bits_without,
         }
         for result in results
     ]

@@ -21,7 +21,7 @@ class Results(Record):
     """`results.json`: what `report.md` shows, as numbers."""
 
     format = "mode-lab ablation results"
-    version = 2
+    version = 3
 
     command: str
     versions: dict[str, str]
@@ -37,6 +37,7 @@ _FORMATS = {
     "bits / byte, top-k": ".3f",
     "bits / byte, CAUSAL": ".3f",
     "recovery": ".0%",
+    "without its updates": ".3f",
 }
 # Below this the learning rate has hardly risen, and running quantiles have hardly settled.
 _FEW_STEPS = 100

@@ -36,7 +36,7 @@ class TrainResult(Record):
     """`result.json`: the held-out results, and losses and times as `Trained` has them."""
 
     format = "mode-lab train result"
-    version = 2
+    version = 3
 
     settings: TrainSettings
     evaluation: Evaluation

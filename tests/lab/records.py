@@ -58,3 +58,24 @@ def made_up(
         versions={"jax": "0"},
         machine="none",
     )
+
+
+def pairs(
+    one: str,
+    other: str,
+    difference: float,
+    *,
+    gap: float = 0.0,
+    size: object = REFERENCE,
+    parameters: int = 1000,
+) -> list[RunRecord]:
+    """Runs of two arms. The losses of the second are higher by about `difference`."""
+    records = []
+    for seed in range(3):
+        for budget in (1e8, 3e8):
+            loss = 2.0 + 0.3 * seed - 1e-9 * budget
+            higher = loss + difference + 1e-3 * (seed - 1)
+            records.append(made_up(one, loss, budget=budget, seed=seed))
+            options = {"size": size, "gap": gap, "parameters": parameters}
+            records.append(made_up(other, higher, budget=budget, seed=seed, **options))
+    return records

@@ -1,13 +1,8 @@
-"""Fits, intervals, verdicts and studies, against numbers known beforehand."""
+"""Fits, intervals and verdicts, against numbers known beforehand."""
 
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
-from types import ModuleType
 
-import equinox as eqx
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,12 +11,10 @@ import scipy.stats
 from mode.lab.evidence.claims import CLAIMS, accuracy
 from mode.lab.evidence.curves import Curve, Parabola
 from mode.lab.evidence.frame import Runs, to_frame
-from mode.lab.evidence.presets import PRESETS, SWEEP_ARMS, sizes_like
+from mode.lab.evidence.presets import sizes_like
 from mode.lab.evidence.records import Mark, RunRecord
-from mode.lab.evidence.sweep import list_runs
 from mode.lab.intervals import Interval
-from mode.lab.options import Recipe
-from tests.lab.records import REFERENCE, made_up
+from tests.lab.records import REFERENCE, made_up, pairs
 
 
 REPRODUCED, CONTRADICTED, UNRESOLVED = "reproduced", "contradicted", "not resolved at this scale"
@@ -164,27 +157,6 @@ def test_intervals_are_those_of_student() -> None:
 
 
 # Claims.
-
-
-def pairs(
-    one: str,
-    other: str,
-    difference: float,
-    *,
-    gap: float = 0.0,
-    size: object = REFERENCE,
-    parameters: int = 1000,
-) -> list[RunRecord]:
-    """Runs of two arms. The losses of the second are higher by about `difference`."""
-    records = []
-    for seed in range(3):
-        for budget in (1e8, 3e8):
-            loss = 2.0 + 0.3 * seed - 1e-9 * budget
-            higher = loss + difference + 1e-3 * (seed - 1)
-            records.append(made_up(one, loss, budget=budget, seed=seed))
-            options = {"size": size, "gap": gap, "parameters": parameters}
-            records.append(made_up(other, higher, budget=budget, seed=seed, **options))
-    return records
 
 
 def judged(number: int, records: list[RunRecord]) -> tuple[str, str]:
@@ -375,93 +347,19 @@ def test_claims_of_recovery() -> None:
     assert "recovery of mod minus mod-random: +140 %" in numbers
 
 
+def test_claims_of_use() -> None:
+    """What the loss of the trained model rises by where its routed updates are left out."""
+    used = Mark(step=10, top_k=2.0, causal=2.0, precision=1, recall=1, slots=0.125, without=2.25)
+    records = [made_up("mod", 2.0, mark=used, seed=seed) for seed in range(2)]
+    numbers, verdict = judged(22, records)
+    assert numbers == "mod without its updates: +0.2500 bits per byte (+0.2500 to +0.2500, 2 runs)"
+    assert verdict == REPRODUCED
+    unused = used.model_copy(update={"without": 1.99})
+    records = [made_up("mod-random", 2.0, mark=unused, seed=seed) for seed in range(2)]
+    assert judged(23, records)[1] == CONTRADICTED
+    assert judged(22, records)[1] == "not run"
+
+
 def test_claims_without_runs_say_so() -> None:
     for claim in CLAIMS:
         assert claim.test(runs_of([])) == ("no such runs", "not run")
-
-
-# The studies of benchmarks/evidence.
-
-
-def script(name: str) -> ModuleType:
-    """A script of benchmarks/evidence, as a module."""
-    path = Path(__file__).parents[2] / f"benchmarks/evidence/{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def studies() -> ModuleType:
-    return script("studies")
-
-
-def test_the_gap_is_ranked_by_causal_loss_beside_the_slots(studies: ModuleType) -> None:
-    records = [*pairs("mod", "mod-after", 0.05, gap=0.1), made_up("moe", 0.0)]
-    table = studies.gap(Runs.of(to_frame(records), REFERENCE))
-    assert list(zip(table["arm"], table["budget"], strict=True)) == [
-        *(("mod", 1e8), ("mod-after", 1e8)),
-        *(("mod", 3e8), ("mod-after", 3e8)),
-    ]
-    assert table["gap"].isna().tolist() == [True, False, True, False]
-    assert table["gap"][1] == "+0.1000 (+0.1000 to +0.1000, 3 runs)"
-    assert table["slots"].tolist() == pytest.approx([0.125] * 4)
-
-
-def test_the_leak_is_by_group_and_by_layers(studies: ModuleType) -> None:
-    short = dataclasses.replace(REFERENCE, length=16, batch=4)
-    deep = dataclasses.replace(REFERENCE, depth=6)
-    records = [made_up("mod-after", 2.0, gap=0.02, seed=seed) for seed in range(2)]
-    records += [made_up("mod-after", 2.0, gap=0.2, size=short, seed=seed) for seed in range(2)]
-    records += [made_up("mod-after", 2.0, gap=0.1, size=deep)]
-    table = studies.leaks(Runs.of(to_frame(records), REFERENCE))
-    assert {(row.field, row.value): row.gap for row in table.itertuples()} == {
-        ("length", 16): pytest.approx(100 * 0.2 / 1.8),
-        ("length", 32): pytest.approx(100 * 0.02 / 1.98),
-        ("depth", 2): pytest.approx(100 * 0.02 / 1.98),
-        ("depth", 6): pytest.approx(100 * 0.1 / 1.9),
-    }
-
-
-def test_arms_are_compared_with_the_default_seed_by_seed(studies: ModuleType) -> None:
-    better, worse = (pairs("mod", name, d) for name, d in (("mod-half", -0.02), ("dense", 0.3)))
-    other = made_up("mod-every", 0.0)
-    runs = Runs.of(to_frame([*worse, *better, made_up("moe", 0.0), other]), REFERENCE)
-    table = studies.against_default(runs)
-    assert table["arm"].tolist() == ["mod-half", "dense"]
-    texts = table["causal loss minus that of mod"].tolist()
-    assert [text.split()[0] for text in texts] == ["-0.0200", "+0.3000"]
-    assert all("6 runs" in text for text in texts)
-
-
-def test_the_gain_of_learning_is_by_size_and_budget(studies: ModuleType) -> None:
-    (wide,) = sizes_like(REFERENCE, "24x2")
-    long = dataclasses.replace(REFERENCE, length=64)
-    records = [
-        *pairs("mod", "mod-random", 0.05),
-        *(made_up("mod", 2.0, size=wide, seed=s) for s in (0, 1)),
-        *(made_up("mod-random", 1.9, size=wide, seed=s) for s in (1, 2)),
-        *(made_up(arm, 1.0, size=long) for arm in ("mod", "mod-random")),
-    ]
-    table = studies.gain_of_learning(Runs.of(to_frame(records), REFERENCE))
-    rows = [(row.shape, row.budget, row.gain.split()[0], row.steps) for row in table.itertuples()]
-    assert rows == [
-        ("16x2", 1e8, "+0.0500", 10),
-        ("16x2", 3e8, "+0.0500", 10),
-        ("24x2", 1e8, "-0.1000", 10),
-    ]
-
-
-def test_arms_of_the_studies_can_be_built() -> None:
-    preset = script("more_runs").studies(PRESETS["cpu-hour"], (), 3)
-    arms = preset.grids[0].arms
-    names = [arm.name for arm in (*arms, *SWEEP_ARMS)]
-    assert len(names) == len(set(names))
-    for arm in arms:
-        eqx.filter_eval_shape(lambda arm=arm: arm.build(preset.reference, key=jax.random.key(0)))
-    # Of 15 arms at 2 budgets, and of 2 at 7 other sizes, with 3 seeds each.
-    runs = list_runs(preset.grids, preset.settings(Recipe(), "text"))
-    assert len(runs) == 3 * (15 * 2 + 2 * 7)

@@ -32,8 +32,6 @@ from mode.lab.step import begin
 from tests.lab.helpers import quiet, said
 
 
-OPTIMISED = True
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra aot-tpu")
 GPU = pytest.mark.skipif(

@@ -21,8 +21,6 @@ from mode.lab.options import Size
 from tests.lab.helpers import quiet, said
 
 
-OPTIMISED = True
-
 SIZE = Size(dim=16, depth=2, heads=2, length=32, batch=4, experts=4, noop=1)
 STEPS = 8
 ARM = "mode-integrated"

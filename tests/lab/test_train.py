@@ -1,7 +1,6 @@
 """`mode-lab train` and `generate`: runs that survive, and text from what they leave behind."""
 
 import dataclasses
-import io
 import math
 import os
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,54 +18,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import mode
-from mode.lab import checkpoint, generate, run
+from mode.lab import checkpoint, run
 from mode.lab.__main__ import main
 from mode.lab.files import DamagedFile, read_record
 from mode.lab.folder import read_settings
-from mode.lab.options import Recipe, Size
-from tests.lab.helpers import quiet, repeating_texts, said
-
-
-OPTIMISED = True
-
-SIZE = Size(dim=8, depth=2, heads=1, length=64, batch=2, experts=2, noop=1)
-STEPS = 25
-FLAGS = [
-    *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "64"),
-    *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1", "--steps", str(STEPS)),
-    *("--held-out", "4", "--save-every", "7"),
-]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return repeating_texts(tmp_path_factory.mktemp("texts"))
-
-
-def training(out: Path, texts: str, arm: str = "mod", steps: int = STEPS) -> run.Training:
-    return run.Training(
-        out, arm, steps, texts, held_out=4, save_every=7, size=SIZE, recipe=Recipe()
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, texts: str) -> Path:
-    """A run that nobody interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    run.run_training(training(out, texts), quiet())
-    return out
-
-
-def losses(out: Path) -> tuple[float, ...]:
-    return read_record(out / "result.json", run.TrainResult).losses
-
-
-def saved(out: Path) -> mode.Transformer:
-    """The newest model of a run."""
-    loaded = run.load_run(out, quiet())
-    assert loaded.steps == STEPS
-    return loaded.model
+from tests.lab.helpers import quiet, said
+from tests.lab.runs import FLAGS, SIZE, STEPS, losses, saved, training
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: str) -> None:
@@ -310,49 +266,6 @@ def test_a_checkpoint_of_another_run_is_refused(whole: Path, tmp_path: Path, tex
     other = dataclasses.replace(training(tmp_path / "run", texts), seed=1)
     with pytest.raises(ValueError, match=r"same configuration.*\n  seed: 0 there, 1 now"):
         run.run_training(other, quiet())
-
-
-def generated(out: Path, **options: Any) -> tuple[bytes, str]:
-    stream, console = io.BytesIO(), quiet()
-    generate.run_generation(generate.Generating(out, **options), console, stream.write)
-    return stream.getvalue(), said(console)
-
-
-def test_text_comes_from_the_newest_checkpoint(whole: Path) -> None:
-    """The text of `mode.generate` on the causal model, a report of compute, and its picture."""
-    text, report = generated(whole, prompt="line ", steps=40, temperature=0.0)
-    model = run.load_run(whole, quiet()).model
-    prompt = jnp.array([[256, *b"line "]])
-    made = mode.generate(mode.make_causal(model), prompt, steps=40, stop_token=256)
-    expected = bytes(token for token in made.tokens[0].tolist() if token != 256)
-    assert text == b"line " + expected
-    assert f"{int(made.lengths[0])} bytes" in report
-    assert "a second" in report
-    assert "0.125" in report
-    assert (whole / "generated.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_sampling_is_keyed(whole: Path) -> None:
-    one, other, again = (
-        generated(whole, steps=30, temperature=1.0, seed=seed)[0] for seed in (0, 1, 0)
-    )
-    assert one == again != other
-
-
-def test_an_arm_of_whole_sequences_has_no_text(tmp_path: Path, texts: str) -> None:
-    console = quiet()
-    run.run_training(training(tmp_path / "run", texts, arm="mod-random", steps=2), console)
-    assert "generate" not in said(console)
-    with pytest.raises(ValueError, match=r"`checkpoint` must be of an arm .*'mod-random'"):
-        generated(tmp_path / "run")
-
-
-@pytest.mark.parametrize("arm", ["dense", "mode-staged"])
-def test_every_arm_generates(arm: str, tmp_path: Path, texts: str) -> None:
-    run.run_training(training(tmp_path / "run", texts, arm=arm, steps=2), quiet())
-    text, report = generated(tmp_path / "run", steps=3)
-    assert text
-    assert ("nothing is routed" in report) == (arm == "dense")
 
 
 def test_what_the_commands_refuse(

@@ -13,8 +13,6 @@ from tests.layers import DIM, TOKENS, VOCAB, depth, stack
 from .models import ASSERTIONS, GOOD, HIDDEN, IDS, INFOS, KEY, PACKED, Around, deformed
 
 
-OPTIMISED = True
-
 # Where an assertion says of itself that it does not hold.
 NOT_FOR = {
     ("residual_identity", "stack"),

@@ -15,8 +15,6 @@ from mode.testing import assert_decodes
 from tests.layers import DIM, VOCAB
 
 
-OPTIMISED = True
-
 KEY = jax.random.key(6)
 TOKENS = jax.random.randint(jax.random.key(2), (3, 12), 0, VOCAB)
 

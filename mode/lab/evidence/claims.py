@@ -188,6 +188,14 @@ def _recovery_above(one: str, other: str) -> Claim:
     return Claim("ours", "Learned recovers more than random at equal steps", values, "+.0f", " %")
 
 
+def _used(arm: str) -> Claim:
+    def values(runs: Runs) -> dict[str, pd.Series]:
+        frame = runs.at_reference(arm)
+        return {f"{arm} without its updates": (frame["without"] - frame["causal"]).dropna()}
+
+    return Claim("ours", f"A trained `{arm}` uses its routed updates", values)
+
+
 CLAIMS = (
     _better("4.1, fig. 3", "Learned routing beats random routing", "mod", "mod-random"),
     _optimum("4.1, fig. 3", "Learned beats random, each at its best size", "mod", "mod-random"),
@@ -223,6 +231,8 @@ CLAIMS = (
     _recovery("mod", 0.0),
     _recovery("mod-random", 0.0),
     _recovery_above("mod", "mod-random"),
+    _used("mod"),
+    _used("mod-random"),
 )
 
 

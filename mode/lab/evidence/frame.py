@@ -26,7 +26,7 @@ def to_frame(records: Sequence[RunRecord]) -> pd.DataFrame:
     """
     frame = pd.json_normalize([record.model_dump() for record in records])
     frame = frame.rename(columns=lambda name: re.sub(r"^(run|end)\.", "", name))
-    numbers = ["precision", "recall", "slots", "slots_top_k"]
+    numbers = ["precision", "recall", "slots", "slots_top_k", "without"]
     sizes = pd.Series([record.run.size for record in records], dtype=object)
     return frame.astype(dict.fromkeys(numbers, float)).assign(
         size=sizes, shape=sizes.map(shape_name)

@@ -82,4 +82,5 @@ def _mark(step: int, evaluation: Evaluation) -> Mark:
         precision=router and router.precision,
         recall=router and router.recall,
         slots=router and router.compute_causal,
+        without=evaluation.bits_without,
     )

@@ -73,7 +73,8 @@ def shape_name(size: Size) -> str:
 class Mark(Strict):
     """An evaluation during a run, or at its end.
 
-    `top_k` and `causal` are held-out bits per byte, under the training selection and causally.
+    `top_k` and `causal` are held-out bits per byte, under the training selection and causally;
+    `without` those of the causal model without its routed updates, of arms that may recover.
     `precision` and `recall` of the causal rule against top-k, and the `slots` filled per token
     under that rule, are the outermost router's; `None` where there is none.
     """
@@ -84,6 +85,7 @@ class Mark(Strict):
     precision: float | None
     recall: float | None
     slots: float | None
+    without: float | None = None
 
 
 class RunRecord(Record):
@@ -97,7 +99,7 @@ class RunRecord(Record):
     """
 
     format = "isoflop run"
-    version = 3
+    version = 4
     remedy = "Delete it, and the same command trains the run again."
 
     run: Run

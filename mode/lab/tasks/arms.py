@@ -93,7 +93,7 @@ def train_and_score(
     """
     keys = jax.random.split(jax.random.key(seed), 4)
     sizes = {"vocab": task.vocab, "capacity": task.capacity}
-    model = build(arm, size, make_routed, **sizes, key=keys[0])
+    model = eqx.filter_jit(build)(arm, size, make_routed, **sizes, key=keys[0])
 
     def run(
         model: mode.Transformer, batch: Sequence, key: PRNGKeyArray
@@ -111,13 +111,15 @@ def train_and_score(
 
     model = fit(model, objective, jax.random.split(keys[1], steps), recipe, key=keys[2])
     test_key, calibration_key = jax.random.split(keys[3])
-    batch = task.batch(test_key, _TESTED)
-    score = eqx.filter_jit(lambda model: _measure(*run(model, batch, keys[2]), batch))
-    top_k, causal = _score(task, batch, *score(model)), None
+    # Jitted, as some hundred small programs take longer to compile than one.
+    draw = jax.jit(task.batch, static_argnums=1)
+    batch = draw(test_key, _TESTED)
+    measure = eqx.filter_jit(lambda model, *given: _measure(*run(model, *given), given[0]))
+    top_k, causal = _score(task, batch, *measure(model, batch, keys[2])), None
     if arm != "oracle" and any(not router.select.is_causal for router in mode.routers(model)):
-        text = task.batch(calibration_key, _CALIBRATED).tokens
+        text = draw(calibration_key, _CALIBRATED).tokens
         causal_model = mode.make_causal(mode.calibrate_thresholds(model, text))
-        causal = _score(task, batch, *score(causal_model))
+        causal = _score(task, batch, *measure(causal_model, batch, keys[2]))
     return top_k, causal
 
 
