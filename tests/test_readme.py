@@ -1,22 +1,31 @@
-"""The README's examples run, in order, in one namespace, as a reader would paste them."""
+"""The examples of each page run, in order, in one namespace, as a reader would paste them."""
 
 import re
 from pathlib import Path
 
 import jax
+import pytest
 
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
-def test_the_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 9
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_run(page: Path):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
-            exec(compile(block, str(README), "exec"), namespace)
+            exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -18,6 +18,7 @@ PATTERNS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
+    "benchmarks/ROUTERS.md",
 )
 
 
