@@ -147,7 +147,6 @@ _LARGE_SIZES = sizes_like(_LARGE, "192x8", "256x10", "384x12", "512x14")
 _BUDGETS = (2e11, 6e11)
 # Of one depth: a parabola does not fit what changes in two ways at once.
 _WIDTHS = sizes_like(_SMALL, "12x4", "16x4", "24x4", "32x4", "48x4", "64x4")
-_BATCH = dataclasses.replace(_SMALL, batch=2 * _SMALL.batch)
 _CAPACITIES = tuple(dataclasses.replace(_SMALL, capacity=c) for c in (0.0625, 0.25, 0.5, 1.0))
 
 PRESETS = {
@@ -160,8 +159,6 @@ PRESETS = {
             Grid((_MOD,), (*_CAPACITIES, *sizes_like(_SMALL, "32x8")), _BUDGETS),
             Grid(_RECOVERING, (_SMALL,), _BUDGETS, 5, equal_steps=True),
             Grid((*_COMPARED, arm_named("left-out")), (_SMALL,), _BUDGETS, 5),
-            # Another batch size: whether the comparison depends on it.
-            Grid((*_COMPARED, arm_named("left-out")), (_BATCH,), _BUDGETS),
         ),
         rates=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
     ),
