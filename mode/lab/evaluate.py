@@ -86,7 +86,6 @@ def without_updates(model: mode.Transformer) -> mode.Transformer:
     If it predicts as well as before, the model has learned to do without them, whatever its loss
     is beside that of other arms.
     """
-
     return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.gate, r, _NoWeight()), model)
 
 

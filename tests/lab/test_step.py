@@ -16,15 +16,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import mode
 from mode.lab import arms, run, step as steps, train
 from mode.lab.data import Batch, batches, read_corpus
-from tests.lab.helpers import quiet, repeating_texts
+from tests.lab.helpers import quiet
 
 
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> str:
-    return repeating_texts(tmp_path)
 
 
 def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(texts: str) -> None:

@@ -27,7 +27,7 @@ from mode.lab.tables import to_markdown
 from mode.lab.tasks.sequences import task_named
 
 
-# Kept with the study, so that the tables of EVIDENCE.md can be made again.
+# Kept with the study, so that the tables of ROUTERS.md can be made again.
 _RESULTS = Path(__file__).with_name("results.jsonl")
 
 
