@@ -114,7 +114,8 @@ def oracle_options(attend: Callable[..., Any]) -> ref.AttentionOptions:
 def oracle_block(
     block: mode.TransformerBlock, feedforward: Callable[[ref.Floats], ref.Floats] | None = None
 ) -> ref.Block:
-    """A transformer block with its weights, as the oracle's `(x, positions, segment_ids, weights)`.
+    """A transformer block with its weights, as the oracle's `(x, positions, segment_ids, weights)`,
+    and its `keys_of` and `index`.
 
     `feedforward` replaces one that is not position-wise.
     """
@@ -138,9 +139,13 @@ def oracle_block(
         theta=attention.rope_theta,
         options=oracle_options(attention.attend),
     )
-    return lambda x, positions, segments, weights=None: ref.transformer_block_delta(
-        x, params, positions, segments, weights
-    )
+
+    def run(
+        x: ref.Floats, positions: Any, segments: Any, weights: Any = None, **keys: Any
+    ) -> ref.Floats:
+        return ref.transformer_block_delta(x, params, positions, segments, weights, **keys)
+
+    return run
 
 
 # A parameter, a call with a value for it, values out of its range, and the words of the rule.

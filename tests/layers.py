@@ -90,6 +90,23 @@ def experts(key: PRNGKeyArray, **options: Any) -> mode.Residual:
     return mode.Residual(mode.MixtureOfExperts(expert, DIM, 4, key=key, **options))
 
 
+def queries(key: PRNGKeyArray) -> mode.Sequential:
+    """Queries of the attention by one router, the feed-forward by another."""
+    attention, feedforward = transformer_block(key).split()
+    keys = jax.random.split(key)
+    return mode.Sequential(
+        [
+            mode.MixtureOfQueries(attention, DIM, 0.25, key=keys[0]),
+            mode.MixtureOfDepths(feedforward, DIM, 0.25, key=keys[1]),
+        ]
+    )
+
+
+def recursion(key: PRNGKeyArray, **options: Any) -> mode.Recursion:
+    """Two rounds of a transformer block."""
+    return mode.Recursion(transformer_block(key), DIM, (0.5, 0.25), key=key, **options)
+
+
 def replayed(key: PRNGKeyArray) -> mode.MixtureOfDepths:
     layer = depth(key)
     _, (routing,) = layer(hidden())
@@ -135,6 +152,13 @@ CASES = [
         lambda key: predicted(key, select=mode.PredictorThreshold(max_capacity=None)),
     ),
     Case("staged", lambda key: mode.staged_mode_layer(expert, DIM, 2, 2, capacity=0.5, key=key)),
+    Case("mod_queries", lambda key: queries(key)),
+    Case("recursion", lambda key: recursion(key)),
+    Case("recursion_shared", lambda key: recursion(key, share_keys=True)),
+    Case(
+        "recursion_token_choice",
+        lambda key: mode.TokenChoiceRecursion(transformer_block(key), DIM, 2, key=key),
+    ),
     Case("integrated", lambda key: mode.integrated_mode_layer(expert, DIM, 2, 3, 1, key=key)),
     Case("stack", lambda key: stack(key)),
 ]

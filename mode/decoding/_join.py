@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from .._types import Ids
-from ..nn import MixtureOfDepths, Routings
+from ..nn import AbstractRoutedLayer, Routings
 from ..routing import Router, Routing
 
 
 def join_routings(model: PyTree, pieces: list[Routings]) -> Routings:
     """Joins the routings that consecutive tokens of the same sequences got, router by router.
 
-    The tokens of a router inside a `MixtureOfDepths` are the slots of the layer. Joining moves the
-    empty slots of all pieces to the end, there and in the records of the routers inside.
+    The tokens of a router inside a routed layer are its slots. Joining moves the empty slots of all
+    pieces to the end, there and in the records of the routers inside.
     """
     if len(pieces) == 1:
         return pieces[0]
@@ -40,12 +40,12 @@ def _outer_routers(model: PyTree) -> list[int | None]:
     outer: list[int | None] = []
 
     def is_found(node: PyTree) -> bool:
-        return isinstance(node, Router | MixtureOfDepths)
+        return isinstance(node, Router | AbstractRoutedLayer)
 
     def visit(node: PyTree, inside: int | None) -> None:
         for child in filter(is_found, jax.tree.leaves(node, is_leaf=is_found)):
             outer.append(inside)
-            if isinstance(child, MixtureOfDepths):
+            if isinstance(child, AbstractRoutedLayer):
                 visit(child.block, len(outer) - 1)
 
     visit(model, None)

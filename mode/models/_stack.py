@@ -10,7 +10,16 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._checks import can_be_called, check_count, type_name
 from .._token_info import TokenInfo
 from .._types import Hidden, Key
-from ..nn import AbstractBlock, AbstractLayer, Cache, Caches, Layer, Routings, check_layer
+from ..nn import (
+    AbstractBlock,
+    AbstractLayer,
+    Cache,
+    Caches,
+    Layer,
+    Routings,
+    check_layer,
+    run_layers,
+)
 from ..parallel import all_gather_parameters, role_field, shard_batch
 
 
@@ -65,30 +74,6 @@ class LayerStack(AbstractLayer):
             repeat, x, (arrays, caches, keys), length=self.repeats, unroll=self.repeats == 1
         )
         return x, routings, news
-
-
-def run_layers(
-    layers: Sequence[Layer], x: Hidden, info: TokenInfo, caches: tuple[Any, ...], keys: Any
-) -> Extended:
-    """Runs layers in turn, each with its cache and its key; `keys` may be `None`."""
-    keys = [None] * len(layers) if keys is None else keys
-    routings: Routings = ()
-    news: tuple[Any, ...] = ()
-    for layer, cache, key in zip(layers, caches, keys, strict=True):
-        if isinstance(layer, AbstractLayer):
-            x, routed, new = layer.extend(x, info, cache, key=key)
-        elif isinstance(cache, Cache) and not cache.is_kept:
-            x, routed = layer(x, info, key=key)
-            new = ()
-        else:
-            raise ValueError(
-                f"`model` must be able to decode, but its layer `{type(layer).__name__}` is no "
-                "`AbstractLayer` with a method `extend`. Build it from `Residual` and "
-                "`MixtureOfDepths`, around blocks of your own."
-            )
-        routings += routed
-        news += (new,)
-    return x, routings, news
 
 
 def stack_layers(

@@ -4,14 +4,24 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._checks import can_be_called, check_kept_shape, takes_key, type_name
 from .._dtypes import cast_parameters
 from .._token_info import TokenInfo
-from .._types import Hidden, Key, VectorMap
+from .._types import Gathered, GatheredIds, Hidden, Key, VectorMap
+from ..parallel import role_field
 from ._cache import Cache
-from ._contracts import AbstractBlock, AbstractLayer, BlockResult
+from ._contracts import (
+    AbstractBlock,
+    AbstractKeyedBlock,
+    AbstractLayer,
+    Block,
+    BlockResult,
+    Keys,
+    check_block,
+    run_block,
+)
 
 
 def map_rows(
@@ -115,7 +125,7 @@ class PositionWise(AbstractBlock):
     (2, 4, 8)
     """
 
-    function: VectorMap
+    function: VectorMap = role_field("feedforward")
 
     def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Maps each token by itself; no routings, no entries. See `AbstractBlock`."""
@@ -124,3 +134,55 @@ class PositionWise(AbstractBlock):
         update = map_rows(self.function, rows, key)
         check_kept_shape("function", update.shape[1:], rows.shape[1:])
         return update.reshape(x.shape), (), ()
+
+
+class PreNorm(AbstractKeyedBlock):
+    r"""A block of a normed input: $f(\text{norm}(x))$.
+
+    **Arguments:**
+
+    - `norm`: maps hidden states to hidden states, such as `RMSNorm(dim)`.
+    - `block`: any block, such as `Attention(dim, num_heads, key=key)`.
+
+    **Raises:** `ValueError` for what is no block.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> attention = mode.Attention(32, num_heads=4, key=jax.random.key(0))
+    >>> layer = mode.Residual(mode.PreNorm(mode.RMSNorm(32), attention))
+    >>> layer(jnp.ones((4, 64, 32)))[0].shape
+    (4, 64, 32)
+    """
+
+    norm: Callable[[Hidden], Hidden]
+    block: Block
+
+    def __check_init__(self):
+        check_block("block", self.block)
+
+    def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
+        """Runs the block on the normed tokens. See `AbstractBlock`."""
+        return run_block("block", self.block, self.norm(x), info, cache, key)
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether the block inside is one."""
+        return getattr(self.block, "is_keyed", False)
+
+    def keys(self, x: Hidden, info: TokenInfo) -> PyTree:
+        """Returns the keys of the normed tokens. See `AbstractKeyedBlock`."""
+        assert isinstance(self.block, AbstractKeyedBlock)
+        return self.block.keys(self.norm(x), info)
+
+    def extend_queries(
+        self,
+        x: Gathered,
+        info: TokenInfo,
+        index: GatheredIds,
+        keys: Keys,
+        cache: Cache,
+        *,
+        key: Key = None,
+    ) -> BlockResult:
+        """Runs the block on some normed tokens. See `AbstractKeyedBlock`."""
+        assert isinstance(self.block, AbstractKeyedBlock)
+        return self.block.extend_queries(self.norm(x), info, index, keys, cache, key=key)

@@ -3,20 +3,23 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._checks import check_count, check_hidden, is_finite, type_name
+from .._checks import can_be_called, check_count, check_hidden, is_finite, type_name
 from .._dtypes import float32_or_wider
-from .._linear import Linear
+from .._linear import Linear, project
 from .._token_info import TokenInfo
-from .._types import Hidden, Ids, Key
+from .._types import Gathered, GatheredIds, Hidden, Ids, Key, Keys as KeyHeads, Queries, QueryIndex
 from ..parallel import role_field
 from ._attention_function import AbstractAttentionFunction, Attend, CausalAttention
 from ._cache import Cache
-from ._contracts import AbstractBlock, BlockResult
+from ._contracts import AbstractKeyedBlock, BlockResult, Keys
 
 
-class Attention(AbstractBlock):
+_HiddenRows = Float[Array, "batch tokens dim"]
+
+
+class Attention(AbstractKeyedBlock):
     """Causal grouped-query self-attention with rotary embeddings at original positions.
 
     Values are multiplied by `info.weight`, if there is one, so that a router learns from what other
@@ -100,31 +103,102 @@ class Attention(AbstractBlock):
         del key
         check_hidden(x, self.qkv.weight.shape[0])
         with jax.named_scope("mode.Attention"):
-            rows = x.reshape(-1, *x.shape[-2:])
-            row_info: TokenInfo = jax.tree.map(lambda ids: ids.reshape(rows.shape[:-1]), info)
-            heads = self.qkv(rows).reshape(*rows.shape[:-1], -1, rows.shape[-1] // self.num_heads)
-            rotated, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
-            if self.rope_theta is not None:
-                rotated = rope(rotated, row_info.positions, self.rope_theta)
-            q, k = jnp.split(rotated, [self.num_heads], axis=-2)
-            if row_info.weight is not None:
-                weight = row_info.weight[..., None, None]
-                v = (weight * v.astype(weight.dtype)).astype(v.dtype)
-                row_info = row_info.with_weight(None)
-            if isinstance(self.attend, AbstractAttentionFunction):
-                mixed = self.attend.extend(q, k, v, row_info, cache)
-            elif cache.is_kept:
-                name = getattr(self.attend, "__name__", type(self.attend).__name__)
-                raise ValueError(
-                    f"`model` must be able to decode, but the attention function `{name}` in it "
-                    "has only the form for whole sequences. Write it as an "
-                    "`AbstractAttentionFunction`, whose `extend` attends to a cache too, or use "
-                    "`CausalAttention(scale=, soft_cap=, window=, alibi=)`."
-                )
-            else:
-                mixed = self.attend(q, k, v, row_info)
+            rows, row_info = _to_rows(x, info)
+            heads = self._heads(rows, slice(None))
+            turned, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
+            q, k = jnp.split(self._turn(turned, row_info), [self.num_heads], axis=-2)
+            v = _weigh(v, row_info)
+            mixed = self._attend(q, k, v, row_info, cache)
             entries = (k.swapaxes(1, 2), v.swapaxes(1, 2))
             return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), entries
+
+    def keys(self, x: Hidden, info: TokenInfo) -> PyTree:
+        """Returns the entries of `extend`: keys and values. See `AbstractKeyedBlock`."""
+        check_hidden(x, self.qkv.weight.shape[0])
+        with jax.named_scope("mode.Attention"):
+            rows, row_info = _to_rows(x, info)
+            heads = self._heads(rows, slice(self.num_heads, None))
+            k, v = jnp.split(heads, [self.num_kv_heads], axis=-2)
+            k, v = self._turn(k, row_info), _weigh(v, row_info)
+            return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def extend_queries(
+        self,
+        x: Gathered,
+        info: TokenInfo,
+        index: GatheredIds,
+        keys: Keys,
+        cache: Cache,
+        *,
+        key: Key = None,
+    ) -> BlockResult:
+        """Attends from the tokens at `index`. See `AbstractKeyedBlock`; no entries of its own."""
+        del cache, key
+        with jax.named_scope("mode.Attention"):
+            rows, row_info = _to_rows(x, info)
+            q = self._turn(self._heads(rows, slice(self.num_heads)), row_info)
+            k, v = (entry.swapaxes(1, 2) for entry in keys.entries)
+            row_index = index.reshape(rows.shape[:-1])
+            mixed = self._attend(q, k, v, _info_rows(keys.info), keys.past, row_index)
+            return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), ()
+
+    def _heads(self, rows: _HiddenRows, some: slice) -> Float[Array, "batch tokens heads head_dim"]:
+        """Projects to some of the heads, of which the queries' come first, then the keys'."""
+        dim = rows.shape[-1]
+        size = dim // self.num_heads
+        weight = self.qkv.weight.reshape(dim, -1, size)[:, some].reshape(dim, -1)
+        return project(rows, weight).reshape(*rows.shape[:-1], -1, size)
+
+    def _turn(self, heads: Queries, info: TokenInfo) -> Queries:
+        return heads if self.rope_theta is None else rope(heads, info.positions, self.rope_theta)
+
+    def _attend(
+        self,
+        q: Queries,
+        k: KeyHeads,
+        v: KeyHeads,
+        info: TokenInfo,
+        cache: Cache,
+        index: QueryIndex | None = None,
+    ) -> Queries:
+        info = info.with_weight(None)  # the values have it
+        options = {} if index is None else {"index": index}
+        if isinstance(self.attend, AbstractAttentionFunction):
+            if can_be_called(self.attend.extend, q, k, v, info, cache, **options):
+                return self.attend.extend(q, k, v, info, cache, **options)
+        elif not cache.is_kept and index is None:
+            return self.attend(q, k, v, info)
+        name = getattr(self.attend, "__name__", type(self.attend).__name__)
+        if index is not None:
+            raise ValueError(
+                f"`attend` must take queries of some of the tokens, but `{name}` has no argument "
+                "`index`. Write `AbstractAttentionFunction.extend(..., index=None)`, or use "
+                "`CausalAttention` or `MixtureOfDepths`."
+            )
+        raise ValueError(
+            f"`model` must be able to decode, but the attention function `{name}` in it has only "
+            "the form for whole sequences. Write it as an `AbstractAttentionFunction`, whose "
+            "`extend` attends to a cache too, or use `CausalAttention(scale=, soft_cap=, window=, "
+            "alibi=)`."
+        )
+
+
+def _to_rows(x: Hidden, info: TokenInfo) -> tuple[_HiddenRows, TokenInfo]:
+    """Makes one axis of all group axes."""
+    return x.reshape(-1, *x.shape[-2:]), _info_rows(info)
+
+
+def _info_rows(info: TokenInfo) -> TokenInfo:
+    tokens = info.positions.shape[-1]
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, tokens), info)
+
+
+def _weigh(v: KeyHeads, info: TokenInfo) -> KeyHeads:
+    """Multiplies values by the routing weights of their tokens, where there are such."""
+    if info.weight is None:
+        return v
+    weight = info.weight[..., None, None]
+    return (weight * v.astype(weight.dtype)).astype(v.dtype)
 
 
 def rope(

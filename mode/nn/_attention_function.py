@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from .._checks import check_count
 from .._token_info import TokenInfo
-from .._types import KeyRows, Keys, Queries, Rows, Scores
-from ._blockwise import blockwise_attention
+from .._types import KeyRows, Keys, Queries, QueryIndex, Rows, Scores
+from ._blockwise import blockwise_attention, info_at
 from ._cache import Cache
 from ._scoring import Mask, Scoring, unstack_rows
 
@@ -35,6 +35,10 @@ class AbstractAttentionFunction(eqx.Module):
         - `cache`: empty for whole sequences. Else `cache.entries` is `(keys, values)` of earlier
             tokens, `[batch, kv_heads, slots, head_dim]`, and `cache.info` their positions and
             segments. Segment 0 marks empty slots and padding, which no real token may see.
+
+        For `MixtureOfQueries` and shared keys, it takes one more keyword argument, `index=None`:
+        `[batch, queries]`, ascending, which of the new tokens the queries are of. The number of new
+        tokens marks an empty slot, whose result is never read.
         """
 
     def __call__(self, q: Queries, k: Keys, v: Keys, info: TokenInfo) -> Queries:
@@ -94,30 +98,44 @@ class CausalAttention(AbstractAttentionFunction):
         self.scoring = Scoring(scale, soft_cap, window, alibi)
         self.block_size = None if block_size is None else check_count("block_size", block_size, 16)
 
-    def extend(self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache) -> Queries:
+    def extend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Keys,
+        info: TokenInfo,
+        cache: Cache,
+        *,
+        index: QueryIndex | None = None,
+    ) -> Queries:
         """See `AbstractAttentionFunction`."""
-        new = q.shape[1]
+        new = k.shape[1]
         if cache.is_empty and self.block_size is not None and new > self.block_size:
-            return blockwise_attention(self.scoring, q, k, v, info, self.block_size)
+            return blockwise_attention(self.scoring, q, k, v, info, self.block_size, index)
         rows = self.scoring.query_rows(q, k.shape[2])
+        if index is None:
+            query_info, own = info, jnp.tri(new, dtype=bool)[None]
+        else:
+            query_info = info_at(info, index)
+            own = jnp.arange(new, dtype=index.dtype)[None, None, :] <= index[:, :, None]
 
         def logits(keys: KeyRows, key_info: TokenInfo, earlier: Mask | None) -> Scores:
             products = _products(rows, keys.astype(rows.dtype))
-            return self.scoring.logits(products, info, key_info, earlier)
+            return self.scoring.logits(products, query_info, key_info, earlier)
 
         def mix(weights: Scores, values: KeyRows) -> Rows:
             return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(rows.dtype))
 
         # A token sees itself, so that the maximum of the softmax is finite.
-        own_logits = logits(k.swapaxes(1, 2), info, jnp.tri(new, dtype=bool))
+        own_logits = logits(k.swapaxes(1, 2), info, own)
         values = v.swapaxes(1, 2)
         if cache.info is None:
             return unstack_rows(mix(jax.nn.softmax(own_logits, axis=-1), values), q)
         cached_keys, cached_values = cache.entries
         # One softmax over the cached and the new keys.
         both = jnp.concatenate([logits(cached_keys, cache.info, None), own_logits], axis=-1)
-        cached, own = jnp.split(jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1)
-        return unstack_rows(mix(cached, cached_values) + mix(own, values), q)
+        before, after = jnp.split(jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1)
+        return unstack_rows(mix(before, cached_values) + mix(after, values), q)
 
 
 def _products(rows: Rows, keys: KeyRows) -> Scores:

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from .._checks import can_be_called, check_hidden, check_kept_shape, takes_key, type_name
 from .._token_info import TokenInfo, resolve_info
-from .._types import Hidden, Key
+from .._types import Gathered, GatheredIds, Hidden, Key
 from ..routing import Routings
 from ._cache import Cache
 
@@ -69,6 +69,63 @@ class AbstractBlock(eqx.Module):
         return self.extend(x, resolve_info(x, info), Cache.empty(), key=key)[:2]
 
 
+class Keys(eqx.Module):
+    """What the queries of some tokens may see: earlier tokens, and all new ones.
+
+    **Attributes:**
+
+    - `past`: the cache of the tokens before the new ones.
+    - `entries`, `info`: what `AbstractKeyedBlock.keys` returned for the new tokens, and their
+        positions and segments.
+    """
+
+    past: Cache
+    entries: PyTree
+    info: TokenInfo
+
+
+class AbstractKeyedBlock(AbstractBlock):
+    """A block in which tokens that are not computed may leave keys and values for others.
+
+    `extend` is `keys`, then `extend_queries` of all tokens. `MixtureOfQueries` runs them apart.
+    """
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether the block really has this form: a wrapper has that of the block inside it."""
+        return True
+
+    @abc.abstractmethod
+    def keys(self, x: Hidden, info: TokenInfo) -> PyTree:
+        """Returns what all tokens leave for later ones, `[batch, ..., tokens, features]`."""
+
+    @abc.abstractmethod
+    def extend_queries(
+        self,
+        x: Gathered,
+        info: TokenInfo,
+        index: GatheredIds,
+        keys: Keys,
+        cache: Cache,
+        *,
+        key: Key = None,
+    ) -> BlockResult:
+        """Computes some of the new tokens.
+
+        **Arguments:**
+
+        - `x`, `info`: these tokens, `[*groups, slots, dim]`, in time order, empty slots behind
+            them.
+        - `index`: `[*groups, slots]`, where they stand among the new tokens; the number of new
+            tokens for an empty slot.
+        - `keys`: what they may look at.
+        - `cache`: entries that this method returned for earlier tokens.
+
+        **Returns:** `(update, routings, entries)` of these tokens, as `extend` does; without the
+        entries that `keys` made.
+        """
+
+
 class AbstractLayer(eqx.Module):
     """A module that returns hidden states: it adds the residual itself."""
 
@@ -86,17 +143,17 @@ class AbstractLayer(eqx.Module):
         return self.extend(x, resolve_info(x, info), Cache.empty(), key=key)[:2]
 
 
-def check_layer(name: str, layer: object) -> None:
+def check_layer(name: str, layer: object, verb: str = "build") -> None:
     """Refuses, where a model is built, what cannot be one of its layers."""
     if isinstance(layer, AbstractBlock):
         raise ValueError(
-            f"`{name}` must build layers, which return hidden states, got a block, "
+            f"`{name}` must {verb} layers, which return hidden states, got a block, "
             f"`{type(layer).__name__}`, which returns the update alone. Make a layer of it by "
             "`Residual(block)` or `MixtureOfDepths(block, dim, key=key)`."
         )
     if not _fits(layer):
         raise ValueError(
-            f"`{name}` must build layers, called as `layer(x, info, key=key)` and returning "
+            f"`{name}` must {verb} layers, called as `layer(x, info, key=key)` and returning "
             f"(hidden, routings), got {type_name(layer)}. `Residual` and `MixtureOfDepths` make "
             "layers of blocks."
         )

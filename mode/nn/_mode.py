@@ -12,7 +12,8 @@ from .._capacity import Capacity
 from .._checks import check_count
 from ..routing import AbsoluteGate, AbstractGate, AbstractSelector, ExpertChoice
 from ._experts import MakeExpert
-from ._mixture_of_depths import MixtureOfDepths, Residual
+from ._layers import Residual
+from ._mixture_of_depths import MixtureOfDepths
 from ._mixture_of_experts import MixtureOfExperts
 from ._transformer_block import TransformerBlock
 

@@ -14,7 +14,7 @@ from .._token_info import TokenInfo
 from .._types import Queries, Rows, Scores
 
 
-Mask = Bool[Array, "queries keys"]
+Mask = Bool[Array, "batch_or_one queries keys"]
 # Finite, so that a block without a visible key gives exp(0), which is later scaled by exactly 0.
 MASKED = -1e30
 
@@ -65,7 +65,7 @@ class Scoring(eqx.Module):
             by_head = by_head - slopes * distance[:, None, None].astype(by_head.dtype)
         visible = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
         if earlier is not None:
-            visible &= earlier[None]
+            visible &= earlier
         if self.window is not None:
             visible &= distance < self.window
         return jnp.where(visible[:, None, None], by_head, MASKED).reshape(products.shape)

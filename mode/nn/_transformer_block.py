@@ -1,22 +1,22 @@
 """The transformer block: attention, then a feed-forward, both as updates of the residual stream."""
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_hidden
 from .._linear import RMSNorm
 from .._token_info import TokenInfo
-from .._types import Hidden, Key
+from .._types import Gathered, GatheredIds, Hidden, Key
 from ..parallel import role_field
-from ._adapters import PositionWise
+from ._adapters import PositionWise, PreNorm
 from ._attention import Attention
 from ._attention_function import Attend, CausalAttention
 from ._cache import Cache
-from ._contracts import AbstractBlock, Block, BlockResult, check_block, run_block
+from ._contracts import AbstractKeyedBlock, Block, BlockResult, Keys, check_block, run_block
 from ._experts import SwiGLUFeedForward
 
 
-class TransformerBlock(AbstractBlock):
+class TransformerBlock(AbstractKeyedBlock):
     r"""Pre-norm attention and feed-forward as one update: $a + g(\text{norm}(x + a))$ with
     $a = \text{attention}(\text{norm}(x))$.
 
@@ -75,8 +75,60 @@ class TransformerBlock(AbstractBlock):
         """Returns the update and the feed-forward's routings. See `AbstractBlock`."""
         check_hidden(x, self.attention_norm.weight.shape[0])
         attended, _, keys = self.attention.extend(self.attention_norm(x), info, cache.part(0))
+        update, routings, entries = self._feed_forward(x, attended, info, cache.part(1), key)
+        return update, routings, (keys, entries)
+
+    def keys(self, x: Hidden, info: TokenInfo) -> PyTree:
+        """Returns keys and values of the attention. See `AbstractKeyedBlock`."""
+        check_hidden(x, self.attention_norm.weight.shape[0])
+        return self.attention.keys(self.attention_norm(x), info)
+
+    def extend_queries(
+        self,
+        x: Gathered,
+        info: TokenInfo,
+        index: GatheredIds,
+        keys: Keys,
+        cache: Cache,
+        *,
+        key: Key = None,
+    ) -> BlockResult:
+        """Returns the update of some tokens. See `AbstractKeyedBlock`.
+
+        The entries are those of the feed-forward.
+        """
+        normed = self.attention_norm(x)
+        attended, _, _ = self.attention.extend_queries(normed, info, index, keys, cache)
+        return self._feed_forward(x, attended, info, cache, key)
+
+    def _feed_forward(
+        self, x: Hidden, attended: Hidden, info: TokenInfo, cache: Cache, key: Key
+    ) -> BlockResult:
+        """Returns the update of both parts, and routings and entries of the feed-forward."""
         normed = self.feedforward_norm(x + attended)
         update, routings, entries = run_block(
-            "feedforward", self.feedforward, normed, info, cache.part(1), key
+            "feedforward", self.feedforward, normed, info, cache, key
         )
-        return attended + update, routings, (keys, entries)
+        return attended + update, routings, entries
+
+    def split(self) -> tuple[PreNorm, PreNorm]:
+        """Returns the attention and the feed-forward as two blocks, with the same parameters.
+
+        `Sequential([Residual(attention), Residual(feedforward)])` computes what `Residual(self)`
+        does; each can be routed by itself.
+
+        >>> import jax, jax.numpy as jnp, mode
+        >>> k1, k2 = jax.random.split(jax.random.key(0))
+        >>> attention, feedforward = mode.TransformerBlock(32, num_heads=4, key=k1).split()
+        >>> routed = mode.MixtureOfDepths(feedforward, 32, capacity=0.25, key=k2)
+        >>> layer = mode.Sequential([mode.Residual(attention), routed])
+        >>> hidden, (routing,) = layer(jnp.ones((4, 64, 32)))
+        >>> hidden.shape, routing.index.shape
+        ((4, 64, 32), (4, 1, 16))
+
+        *Source:* arXiv:2506.04179, section 3, which routes both parts of a block.
+        """
+        return (
+            PreNorm(self.attention_norm, self.attention),
+            PreNorm(self.feedforward_norm, self.feedforward),
+        )

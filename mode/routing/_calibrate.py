@@ -71,7 +71,7 @@ def calibrate_thresholds(model: PyTree, *batches: Any) -> PyTree:
     def measured(router: Router) -> Router:
         select = router.select
         if isinstance(select, QuantileThreshold):
-            select = _BatchQuantile(float(router.capacity), select.max_capacity)
+            select = _BatchQuantile(router.selected_fraction, select.max_capacity)
         start = jnp.zeros_like(router.state.updates)
         return eqx.tree_at(lambda r: (r.select, r.state.updates), router, (select, start))
 

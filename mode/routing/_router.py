@@ -36,6 +36,8 @@ class Router(eqx.Module):
     - `select`: the selector, which assigns tokens to slots.
     - `gate`: maps logits to weights.
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
+    - `among`: fraction of the group's tokens that come to the router, at least `capacity`; below 1
+        where others left before, as in `Recursion`. They are not `valid` in the record.
     - `std`: standard deviation of the scorer's initial weights; by default `dim ** -0.5`, at which
         the logits of features of variance 1 have variance 1. The paper gives none.
 
@@ -54,6 +56,7 @@ class Router(eqx.Module):
 
     dim: int = eqx.field(static=True)
     capacity: Fraction = eqx.field(static=True)
+    among: Fraction = eqx.field(static=True)
     num_experts: int = eqx.field(static=True)
     # One role for all: a router is small, and every device has all of it.
     scorer: Callable[..., Logits] = role_field("router")
@@ -72,6 +75,7 @@ class Router(eqx.Module):
         select: AbstractSelector,
         gate: AbstractGate,
         predictor: Callable[..., ExpertLogits] | None = None,
+        among: Capacity = 1,
         std: float | None = None,
         key: PRNGKeyArray,
     ) -> None:
@@ -94,12 +98,18 @@ class Router(eqx.Module):
         )
         self.dim = dim
         self.capacity = exact_fraction("capacity", capacity)
+        self.among = exact_fraction("among", among)
         self.num_experts = num_experts
 
     @property
     def num_noop(self) -> int:
         """No-op experts among the choices."""
         return self.state.bias.shape[-1] - self.num_experts
+
+    @property
+    def selected_fraction(self) -> float:
+        """Fraction of the tokens that come to the router which an expert selects."""
+        return float(self.capacity / self.among)
 
     def slots(self, num_tokens: int) -> int:
         """Returns the number of slots of each expert in a group of `num_tokens`."""

@@ -65,7 +65,7 @@ def update_router_state(
         _check_update(router, routing, least)
         old = state.threshold.astype(jnp.float32)
         scores = router.scores(routing.logits)[..., : router.num_experts].astype(jnp.float32)
-        target = score_quantile(scores, routing.valid, float(router.capacity))
+        target = score_quantile(scores, routing.valid, router.selected_fraction)
         rate = jnp.maximum(quantile_rate, 1 / (state.updates.astype(jnp.float32) + 1))
         # Scores are infinite under an infinite bias: there is nothing to learn from them.
         known = (jnp.sum(routing.valid) >= least) & jnp.isfinite(target)

@@ -112,7 +112,7 @@ def _is_nested(model: mode.Transformer) -> list[bool]:
     flags: list[bool] = []
     for stack in model.stacks:
         for layer in stack.layers:
-            inside = isinstance(layer, mode.MixtureOfDepths)
+            inside = isinstance(layer, mode.MixtureOfDepths | mode.MixtureOfQueries)
             flags.extend(inside and at > 0 for at in range(len(mode.routers(layer))))
     return flags
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,7 +19,7 @@ DIM, VOCAB = 8, 11
 BATCH, PROMPT, TOKENS = 2, 5, 12
 LENGTHS = jnp.array([5, 2])
 
-MakeLayer = Callable[[PRNGKeyArray], mode.Residual | mode.MixtureOfDepths]
+MakeLayer = Callable[[PRNGKeyArray], Any]
 
 
 def block(
@@ -59,6 +60,46 @@ def mod(
             predictor=learned,
             router_std=0.8,
             key=key,
+        )
+
+    return make
+
+
+def queries(key: PRNGKeyArray) -> mode.MixtureOfQueries:
+    """Skipped tokens are keys."""
+    return mode.MixtureOfQueries(block(key), DIM, 0.25, router_std=0.8, key=key)
+
+
+def apart(key: PRNGKeyArray) -> mode.Sequential:
+    """Queries of the attention, and the feed-forward, each by a router of its own."""
+    keys = jax.random.split(key)
+    attention, feedforward = block(key).split()
+    return mode.Sequential(
+        [
+            mode.MixtureOfQueries(attention, DIM, 0.5, router_std=0.8, key=keys[0]),
+            mode.MixtureOfDepths(feedforward, DIM, 0.5, router_std=0.8, key=keys[1]),
+        ]
+    )
+
+
+def recursion(share_keys: bool) -> MakeLayer:
+    """Three rounds."""
+
+    def make(key: PRNGKeyArray) -> mode.Recursion:
+        capacities = (0.75, 0.5, 0.25)
+        return mode.Recursion(
+            block(key), DIM, capacities, share_keys=share_keys, router_std=0.8, key=key
+        )
+
+    return make
+
+
+def token_choice_recursion(share_keys: bool) -> MakeLayer:
+    """Up to three rounds, whose slots run out."""
+
+    def make(key: PRNGKeyArray) -> mode.TokenChoiceRecursion:
+        return mode.TokenChoiceRecursion(
+            block(key), DIM, 3, share_keys=share_keys, router_std=0.8, key=key
         )
 
     return make
@@ -135,6 +176,16 @@ CASES = {
         [dense, mod(mode.TanhGate(0.5))], mode.LogitThreshold(None)
     ),
     "mod predictor": Case([dense, mod(predictor=True)], seed=10),
+    "queries": Case([dense, queries], level=1.4, seed=3),
+    "queries, half of the slots": Case([queries], mode.QuantileThreshold(0.5), level=0.3),
+    "attention and feed-forward apart": Case([dense, apart], level=1.4, seed=1),
+    "loop": Case([lambda key: mode.Loop(block(key), 2)]),
+    "recursion": Case([recursion(False)], seed=4),
+    "recursion, shared keys, half of the slots": Case(
+        [dense, recursion(True)], mode.QuantileThreshold(0.5), seed=4
+    ),
+    "token choice recursion": Case([dense, token_choice_recursion(False)], seed=2),
+    "token choice recursion, shared keys": Case([token_choice_recursion(True)], seed=1),
     "experts quantile softmax, no-op": Case([experts(num_noop=1)], level=-1.2, seed=13),
     "experts logit selected softmax, half of the slots": Case(
         [dense, experts(gate=SELECTED, num_shared=1, inside="layer")],

@@ -4,7 +4,8 @@ It reads the weights of a model and calls none of its code. Nothing in it handle
 once: each block keeps a list of what it computed, and a new token looks at that list.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -24,18 +25,26 @@ class Part(Protocol):
 
     routers: list[Router]
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats: ...
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats: ...
 
 
 class Attention:
-    """The keys and values of every token so far, and softmax attention from the newest."""
+    """The keys and values of every token so far, and softmax attention from the newest.
+
+    A token that `is_query_alone` left its keys before, and leaves none now.
+    """
 
     def __init__(self, attention: mode.Attention) -> None:
         self.attention = attention
         self.projections = oracle_projections(attention)
+        self.routers: list[Router] = []
         self.past: list[tuple[ref.Floats, ref.Floats, int]] = []
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Attends from the next token to itself and to those before it."""
         heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
         q, k, v = (
@@ -46,7 +55,8 @@ class Attention:
         if theta is not None:
             at = np.array([position])
             q, k = ref.rope(q[None], at, theta)[0], ref.rope(k[None], at, theta)[0]
-        self.past.append((k, weight * v, position))
+        if not is_query_alone:
+            self.past.append((k, weight * v, position))
         options = oracle_options(self.attention.attend)
         mixed = np.zeros_like(q)
         for head in range(heads):
@@ -71,7 +81,9 @@ class FeedForward:
         self.function = oracle_function(function)
         self.routers: list[Router] = []
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Maps the token."""
         return self.function(x)
 
@@ -85,7 +97,9 @@ class Experts:
         self.experts = oracle_experts(block.experts)
         self.shared = [] if block.shared is None else oracle_experts(block.shared)
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Adds up what the token's experts return, by their weights."""
         decision = self.router.decide(x)
         update = np.zeros_like(x)
@@ -103,10 +117,12 @@ class Block:
         self.feedforward = make_block(block.feedforward, max_tokens)
         self.routers = self.feedforward.routers
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Returns attention plus feed-forward, without the residual."""
         normed = ref.rms_norm(x[None], f64(self.block.attention_norm.weight))[0]
-        attended = self.attention.step(normed, position, weight)
+        attended = self.attention.step(normed, position, weight, is_query_alone=is_query_alone)
         normed = ref.rms_norm((x + attended)[None], f64(self.block.feedforward_norm.weight))[0]
         return attended + self.feedforward.step(normed, position)
 
@@ -118,7 +134,9 @@ class Dense:
         self.block = make_block(layer.block, max_tokens)
         self.routers = self.block.routers
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Adds the block's update."""
         return x + self.block.step(x, position)
 
@@ -132,7 +150,9 @@ class Depths:
         self.weigh_values = layer.weigh_values
         self.routers = [self.router, *self.block.routers]
 
-    def step(self, x: ref.Floats, position: int, weight: float = 1.0) -> ref.Floats:
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
         """Runs the block on a selected token, with the position that it had in the text."""
         decision = self.router.decide(x)
         if decision.selected[0]:
@@ -140,6 +160,135 @@ class Depths:
             return x + decision.weight[0] * self.block.step(x, position, given)
         for router in self.block.routers:
             router.decisions.append(None)
+        return x
+
+
+class Normed:
+    """A block of a normed input."""
+
+    def __init__(self, block: mode.PreNorm, max_tokens: int) -> None:
+        assert isinstance(block.norm, mode.RMSNorm)
+        self.weight = f64(block.norm.weight)
+        self.block = make_block(block.block, max_tokens)
+        self.routers = self.block.routers
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs the block on the normed token."""
+        return self.block.step(ref.rms_norm(x[None], self.weight)[0], position, weight)
+
+
+class Queries:
+    """x + r f(x) for a selected token, x for the others, which leave their keys all the same."""
+
+    def __init__(self, layer: mode.MixtureOfQueries, max_tokens: int) -> None:
+        self.router = Router(layer.router, max_tokens)
+        # Of all tokens: a skipped one leaves its keys, and the rest of its update is not used.
+        self.block = make_block(layer.block, max_tokens)
+        self.routers = [self.router]
+        assert not self.block.routers
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs the block on every token, and adds its update to a selected one."""
+        decision, update = self.router.decide(x), self.block.step(x, position)
+        return x + decision.weight[0] * update if decision.selected[0] else x
+
+
+class Layers:
+    """Layers in turn."""
+
+    def __init__(self, layer: mode.Sequential, max_tokens: int) -> None:
+        self.layers = [make_layer(one, max_tokens) for one in layer.layers]
+        self.routers = [router for one in self.layers for router in one.routers]
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs each on what the one before returned."""
+        for layer in self.layers:
+            x = layer.step(x, position)
+        return x
+
+
+class Rounds:
+    """h + w f(h) in as many rounds as a token stays; keys of each round, or of the first alone."""
+
+    def __init__(
+        self,
+        layer: mode.Recursion | mode.TokenChoiceRecursion | mode.Loop,
+        repeats: int,
+        share_keys: bool,
+        max_tokens: int,
+    ) -> None:
+        self.share_keys = share_keys
+        self.blocks = [make_block(layer.block, max_tokens) for _ in range(repeats)]
+        self.routers: list[Router] = []
+
+    def round(self, x: ref.Floats, number: int, position: int, weight: float) -> ref.Floats:
+        """Runs one round on a token."""
+        if self.share_keys:
+            update = self.blocks[0].step(x, position, is_query_alone=number > 0)
+        else:
+            update = self.blocks[number].step(x, position, weight)
+        return x + weight * update
+
+
+class Looped(Rounds):
+    """Every token takes part in every round, with weight 1."""
+
+    def __init__(self, layer: mode.Loop, max_tokens: int) -> None:
+        super().__init__(layer, layer.repeats, False, max_tokens)
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs all rounds."""
+        for number in range(len(self.blocks)):
+            x = self.round(x, number, position, 1.0)
+        return x
+
+
+class Narrowing(Rounds):
+    """A router in each round, which a token that left does not come to."""
+
+    def __init__(self, layer: mode.Recursion, max_tokens: int) -> None:
+        super().__init__(layer, len(layer.routers), layer.share_keys, max_tokens)
+        self.routers = [Router(router, max_tokens) for router in layer.routers]
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs rounds until a router does not select the token."""
+        is_in = True
+        for number, router in enumerate(self.routers):
+            if not is_in:
+                router.decisions.append(None)
+                continue
+            decision = router.decide(x)
+            is_in = bool(decision.selected[0])
+            if is_in:
+                x = self.round(x, number, position, decision.weight[0])
+        return x
+
+
+class Choosing(Rounds):
+    """One router at the start, whose experts are the depths."""
+
+    def __init__(self, layer: mode.TokenChoiceRecursion, max_tokens: int) -> None:
+        super().__init__(layer, layer.router.num_experts, layer.share_keys, max_tokens)
+        self.routers = [Router(layer.router, max_tokens)]
+
+    def step(
+        self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
+    ) -> ref.Floats:
+        """Runs as many rounds as the token chose."""
+        decision = self.routers[0].decide(x)
+        for depth in np.flatnonzero(decision.selected):
+            for number in range(depth + 1):
+                x = self.round(x, number, position, decision.weight[depth])
         return x
 
 
@@ -178,7 +327,7 @@ class Decoder:
         return found
 
 
-def periods(stack: mode.LayerStack) -> list[tuple[mode.Residual | mode.MixtureOfDepths, ...]]:
+def periods(stack: mode.LayerStack) -> list[tuple[Any, ...]]:
     """The layers of each repeat, with the parameters that are their own."""
     arrays, rest = eqx.partition(stack.layers, eqx.is_array)
     return [
@@ -193,13 +342,25 @@ def make_block(block: object, max_tokens: int) -> Part:
         return Experts(block, max_tokens)
     if isinstance(block, mode.PositionWise):
         return FeedForward(block)
+    if isinstance(block, mode.PreNorm):
+        return Normed(block, max_tokens)
+    if isinstance(block, mode.Attention):
+        return Attention(block)
     assert isinstance(block, mode.TransformerBlock), block
     return Block(block, max_tokens)
 
 
+LAYERS: dict[type, Callable[[Any, int], Part]] = {
+    mode.Residual: Dense,
+    mode.MixtureOfDepths: Depths,
+    mode.MixtureOfQueries: Queries,
+    mode.Sequential: Layers,
+    mode.Loop: Looped,
+    mode.Recursion: Narrowing,
+    mode.TokenChoiceRecursion: Choosing,
+}
+
+
 def make_layer(layer: object, max_tokens: int) -> Part:
     """The oracle of a layer."""
-    if isinstance(layer, mode.MixtureOfDepths):
-        return Depths(layer, max_tokens)
-    assert isinstance(layer, mode.Residual), layer
-    return Dense(layer, max_tokens)
+    return LAYERS[type(layer)](layer, max_tokens)

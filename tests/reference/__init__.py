@@ -4,6 +4,7 @@ Everything is float64 and handles one group (one sequence) unless it says otherw
 `[tokens, dim]` and `valid` is `[tokens]`, False on padding. `over_groups` adds leading axes.
 
 - MoD: Raposo et al. 2024, arXiv:2404.02258.
+- MoR: Bae et al. 2025, "Mixture-of-Recursions", arXiv:2507.10524.
 - EC: Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", arXiv:2202.09368.
 """
 
@@ -34,7 +35,10 @@ from .gates import (
 from .layers import (
     mixture_of_depths as mixture_of_depths,
     mixture_of_experts as mixture_of_experts,
+    mixture_of_queries as mixture_of_queries,
     over_groups as over_groups,
+    recursion as recursion,
+    token_choice_recursion as token_choice_recursion,
 )
 from .losses import (
     balancing_bias as balancing_bias,

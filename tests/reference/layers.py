@@ -71,6 +71,99 @@ def mixture_of_depths(
     return out, assignment
 
 
+def mixture_of_queries(
+    x: Floats,
+    w_router: Floats,
+    block: Block,
+    capacity: float | Fraction,
+    gate: Gate,
+    valid: Bools,
+    positions: Ints,
+    segment_ids: Ints,
+    scale: float = 1.0,
+) -> tuple[Floats, Assignment]:
+    """x_i + r_i f_i(X) for the selected tokens, where f is the dense block over all tokens."""
+    logits = router_logits(x, w_router.reshape(1, -1))
+    slots = token_capacity(len(x), capacity)
+    assignment = expert_choice(selection_scores(logits, gate), valid, 1, slots)
+    weights = combine_weights(logits, assignment.index, gate, scale)
+    out, update = as_float64(x).copy(), block(as_float64(x), positions, segment_ids)
+    for slot, token in enumerate(assignment.index[0]):
+        if token < len(x):
+            out[token] += weights[0, slot] * update[token]
+    return out, assignment
+
+
+def recursion(
+    x: Floats,
+    w_routers: Sequence[Floats],
+    run: Callable[..., Floats],
+    slots: Sequence[int],
+    gate: Gate,
+    valid: Bools,
+    positions: Ints,
+    segment_ids: Ints,
+    *,
+    share_keys: bool = False,
+) -> tuple[Floats, list[Assignment]]:
+    """MoR (arXiv:2507.10524), table 1: h <- h + w f(h) for the tokens that each round selects.
+
+    Each round selects among the tokens of the round before. `run` is `transformer_block_delta`
+    without its parameters. The keys are those of the round's tokens, their values weighed; or, with
+    `share_keys`, those of the first round's tokens, as they were before it.
+    """
+    out, inside = as_float64(x).copy(), np.array(valid)
+    assignments, first, keys_of = [], np.array([], np.int64), np.array([])
+    for number, (w_router, count) in enumerate(zip(w_routers, slots, strict=True)):
+        logits = router_logits(out, w_router.reshape(1, -1))
+        assignment = expert_choice(selection_scores(logits, gate), inside, 1, count)
+        assignments.append(assignment)
+        weights = combine_weights(logits, assignment.index, gate, 1.0)[0]
+        tokens = np.array([t for t in assignment.index[0] if t < len(x)], np.int64)
+        if number == 0:
+            first, keys_of = tokens, out[tokens].copy()
+        inside = np.isin(np.arange(len(x)), tokens)
+        if len(tokens) == 0:
+            continue
+        if share_keys:
+            index = np.searchsorted(first, tokens)
+            at, segments = positions[first], segment_ids[first]
+            update = run(out[tokens], at, segments, None, keys_of=keys_of, index=index)
+        else:
+            given = weights[: len(tokens)]
+            update = run(out[tokens], positions[tokens], segment_ids[tokens], given)
+        for slot, token in enumerate(tokens):
+            out[token] += weights[slot] * update[slot]
+    return out, assignments
+
+
+def token_choice_recursion(
+    x: Floats,
+    weights: Floats,
+    depths: Ints,
+    run: Callable[..., Floats],
+    positions: Ints,
+    segment_ids: Ints,
+    *,
+    share_keys: bool = False,
+) -> Floats:
+    """As `recursion`, where token i takes part in the first `depths[i]` rounds, by `weights[i]`."""
+    out = as_float64(x).copy()
+    first = np.flatnonzero(depths > 0)
+    keys_of = out[first].copy()
+    for number in range(int(depths.max(initial=0))):
+        tokens = np.flatnonzero(depths > number)
+        if share_keys:
+            index = np.searchsorted(first, tokens)
+            at, segments = positions[first], segment_ids[first]
+            update = run(out[tokens], at, segments, None, keys_of=keys_of, index=index)
+        else:
+            update = run(out[tokens], positions[tokens], segment_ids[tokens], weights[tokens])
+        for slot, token in enumerate(tokens):
+            out[token] += weights[token] * update[slot]
+    return out
+
+
 def mixture_of_experts(
     x: Floats,
     w_router: Floats,

@@ -65,29 +65,33 @@ def causal_attention(
     segment_ids: Ints,
     positions: Ints | None = None,
     options: AttentionOptions = AttentionOptions(),
+    index: Ints | None = None,
 ) -> Floats:
     """softmax(scores) v over the past of the same segment, segment 0 excluded.
+
+    `index` says which of the tokens the queries are of, by default all of them.
 
     `q` is `[tokens, heads, head_dim]`; `k` and `v` have kv_heads, each shared by
     heads // kv_heads query heads (Ainslie et al. 2023, arXiv:2305.13245). A query
     that sees no key gives zeros. Distances are between `positions`, by default 0, 1, ...
     """
     q, k, v = as_float64(q), as_float64(k), as_float64(v)
-    num_tokens, num_heads, _ = q.shape
+    num_queries, num_heads, _ = q.shape
     shared_by = num_heads // k.shape[1]
-    at = np.arange(num_tokens) if positions is None else positions
+    at = np.arange(len(k)) if positions is None else positions
+    index = np.arange(len(k)) if index is None else index
     out = np.zeros(q.shape)
-    for i, h in np.ndindex(num_tokens, num_heads):
-        g = h // shared_by
+    for query, h in np.ndindex(num_queries, num_heads):
+        g, i = h // shared_by, int(index[query])
         seen = [j for j in range(i + 1) if segment_ids[j] == segment_ids[i] != 0]
         if seen:
             weights = softmax(
                 [
-                    attention_score(q[i, h], k[j, g], int(at[i] - at[j]), h, num_heads, options)
+                    attention_score(q[query, h], k[j, g], int(at[i] - at[j]), h, num_heads, options)
                     for j in seen
                 ]
             )
-            out[i, h] = sum(p * v[j, g] for p, j in zip(weights, seen, strict=True))
+            out[query, h] = sum(p * v[j, g] for p, j in zip(weights, seen, strict=True))
     return out
 
 
@@ -130,20 +134,26 @@ def transformer_block_delta(
     positions: Ints,
     segment_ids: Ints,
     weights: Floats | None = None,
+    *,
+    keys_of: Floats | None = None,
+    index: Ints | None = None,
 ) -> Floats:
     """f of MoD eq. 1, attention and the MLP after it: a + ff(norm2(x + a)), a = attn(norm1(x)).
 
-    `weights`, one for each token, multiply its values.
+    `weights`, one for each token, multiply its values. Keys and values are those of `keys_of`, by
+    default `x`, of which `positions` and `segment_ids` are too; `x` stands in it at `index`.
     """
     x = as_float64(x)
-    normed = rms_norm(x, params.norm1)
+    keys_of = x if keys_of is None else as_float64(keys_of)
+    index = np.arange(len(x)) if index is None else index
+    normed, normed_keys = rms_norm(x, params.norm1), rms_norm(keys_of, params.norm1)
     q = (normed @ params.w_q).reshape(len(x), params.num_heads, -1)
-    k = (normed @ params.w_k).reshape(len(x), params.num_kv_heads, -1)
-    v = (normed @ params.w_v).reshape(len(x), params.num_kv_heads, -1)
+    k = (normed_keys @ params.w_k).reshape(len(keys_of), params.num_kv_heads, -1)
+    v = (normed_keys @ params.w_v).reshape(len(keys_of), params.num_kv_heads, -1)
     if weights is not None:
         v = np.array([weight * value for weight, value in zip(weights, v, strict=True)])
     if params.theta is not None:
-        q, k = rope(q, positions, params.theta), rope(k, positions, params.theta)
-    mixed = causal_attention(q, k, v, segment_ids, positions, params.options)
+        q, k = rope(q, positions[index], params.theta), rope(k, positions, params.theta)
+    mixed = causal_attention(q, k, v, segment_ids, positions, params.options, index)
     attended = mixed.reshape(len(x), -1) @ params.w_o
     return attended + params.feedforward(rms_norm(x + attended, params.norm2))

@@ -1,0 +1,198 @@
+"""`Recursion`, `TokenChoiceRecursion` and `Loop` against the oracle."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mode
+from tests import reference as ref
+from tests.helpers import assert_close, hidden_states, oracle_block, oracle_router, packed_info, run
+from tests.nn.cases import DIM, INFOS, TOKENS, make_block, make_experts, numbers
+from tests.routing.draws import assert_assigned
+
+
+infos = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
+kinds_of_keys = pytest.mark.parametrize("share_keys", [False, True], ids=["own keys", "shared"])
+
+
+def make_recursion(
+    capacities: Any = (0.75, 0.5, 0.25), seed: int = 3, **options: Any
+) -> mode.Recursion:
+    block = options.pop("block", make_block())
+    return mode.Recursion(block, DIM, capacities, key=jax.random.key(seed), **options)
+
+
+def assert_is_oracle(layer: mode.Recursion, x: Any, info: mode.TokenInfo | None) -> None:
+    """Hidden states and the tokens of every round."""
+    hidden, routings = run(layer, x, info)
+    assert isinstance(layer.block, mode.TransformerBlock)
+    block = oracle_block(layer.block)
+    w_routers = [oracle_router(router)[0] for router in layer.routers]
+    slots = [routing.index.shape[-1] for routing in routings]
+
+    def recursion(x: Any, *rest: Any) -> Any:
+        out, rounds = ref.recursion(
+            x, w_routers, block, slots, "sigmoid", *rest, share_keys=layer.share_keys
+        )
+        return out, tuple(rounds)
+
+    expected, assignments = ref.over_groups(recursion, 1, *numbers(x, info))
+    for routing, assignment in zip(routings, assignments, strict=True):
+        assert_assigned(routing, assignment)
+    assert_close(hidden, expected, scale=3)
+
+
+@infos
+@kinds_of_keys
+def test_each_round_selects_among_the_tokens_of_the_last(
+    share_keys: bool, info: mode.TokenInfo | None
+) -> None:
+    layer = make_recursion(share_keys=share_keys)
+    assert layer.capacities == [0.75, 0.5, 0.25]
+    assert_is_oracle(layer, hidden_states(1, 3, TOKENS, DIM), info)
+
+
+@kinds_of_keys
+@pytest.mark.parametrize("seed", range(4))
+def test_random_layers(seed: int, share_keys: bool) -> None:
+    """Random parameters, hidden states and documents: 24 sequences in each of the cases."""
+    draw = np.random.default_rng(seed)
+    cuts = [tuple(np.diff([0, *sorted(draw.integers(0, TOKENS, 2))])) for _ in range(24)]
+    info = packed_info(*[tuple(int(n) for n in cut if n) for cut in cuts], tokens=TOKENS)
+    block = mode.TransformerBlock(DIM, 4, num_kv_heads=2, key=jax.random.key(seed))
+    layer = make_recursion(seed=seed, block=block, share_keys=share_keys)
+    assert_is_oracle(layer, hidden_states(seed, 24, TOKENS, DIM), info)
+
+
+def test_tokens_that_left_stay_as_they_are() -> None:
+    """A token that no round selects keeps its bits, and counts as padding in later rounds."""
+    x = hidden_states(2, 3, TOKENS, DIM)
+    hidden, routings = run(make_recursion((0.5, 0.25)), x)
+    left = ~np.asarray(routings[0].selected[..., 0])
+    assert np.array_equal(np.asarray(hidden)[left], np.asarray(x)[left])
+    assert np.array_equal(routings[1].valid, ~left)
+
+
+@pytest.mark.parametrize(
+    ("capacities", "slots"),
+    [
+        ((1, 2 / 3, 1 / 3), [12, 8, 4]),
+        ((1.0,), [12]),
+        ((0.1, 0.1), [1, 1]),
+        ((0.5, 0.01, 0.01), [6, 1, 1]),
+    ],
+)
+def test_slots_of_the_rounds(capacities: Any, slots: list[int]) -> None:
+    _, routings = run(make_recursion(capacities), hidden_states(3, 2, TOKENS, DIM))
+    assert [routing.index.shape[-1] for routing in routings] == slots
+
+
+@infos
+@kinds_of_keys
+def test_a_token_runs_as_many_rounds_as_it_chooses(
+    share_keys: bool, info: mode.TokenInfo | None
+) -> None:
+    """The record's experts are the depths; who finds no slot takes part in no round."""
+    block = make_block()
+    layer = mode.TokenChoiceRecursion(
+        block, DIM, 3, capacity_factor=1.5, share_keys=share_keys, key=jax.random.key(5)
+    )
+    x = hidden_states(4, 3, TOKENS, DIM)
+    hidden, (routing,) = run(layer, x, info)
+    w_router = oracle_router(layer.router)
+
+    def recursion(x: Any, valid: Any, *rest: Any) -> Any:
+        logits = ref.router_logits(x, w_router)
+        scores = ref.selection_scores(logits, "sigmoid")
+        assignment = ref.token_choice(scores, valid, 3, 6, k=1)
+        of_slots = ref.combine_weights(logits, assignment.index, "sigmoid", 1.0)
+        depths, weights = np.zeros(len(x), np.int64), np.zeros(len(x))
+        for depth, slot in np.ndindex(assignment.index.shape):
+            token = assignment.index[depth, slot]
+            if token < len(x):
+                depths[token], weights[token] = depth + 1, of_slots[depth, slot]
+        out = ref.token_choice_recursion(
+            x, weights, depths, oracle_block(block), *rest, share_keys=share_keys
+        )
+        return out, assignment
+
+    expected, assignment = ref.over_groups(recursion, 1, *numbers(x, info))
+    assert_assigned(routing, assignment)
+    assert_close(hidden, expected, scale=3)
+
+
+def test_a_loop_is_the_dense_layer_several_times() -> None:
+    layer = mode.Loop(make_block(), 3)
+    dense = mode.Residual(layer.block)
+    x = hidden_states(5, 3, TOKENS, DIM)
+    expected = x
+    for _ in range(3):
+        expected, _ = run(dense, expected)
+    assert_close(run(layer, x)[0], expected)
+
+
+def test_early_exit_by_confidence() -> None:
+    """A scorer of one's own, and a rule for each token by itself: it goes on while its largest
+    feature is below 1.5."""
+
+    def doubt(x: Any) -> Any:
+        return 1.5 - jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+
+    layer = make_recursion((1, 1, 1), select=mode.LogitThreshold())
+    layer = mode.map_routers(lambda router: replaced(router, "scorer", doubt), layer)
+    x = hidden_states(6, 3, TOKENS, DIM)
+    _, routings = run(layer, x)
+    unsure = np.abs(np.asarray(x)).max(-1) < 1.5
+    assert np.array_equal(routings[0].selected[..., 0], unsure)
+    assert not np.asarray(routings[1].selected & ~routings[0].selected).any()
+
+
+def replaced(router: mode.Router, name: str, value: Any) -> mode.Router:
+    return eqx.tree_at(
+        lambda r: getattr(r, name), router, value, is_leaf=lambda n: n is getattr(router, name)
+    )
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (lambda: make_recursion((0.5, 0.75)), "none larger than the one before"),
+        (lambda: make_recursion((1.5,)), "none larger"),
+        (lambda: make_recursion((0.5, 0.0)), "above 0"),
+        (lambda: make_recursion(()), "one fraction for each round"),
+        (lambda: make_recursion(0.5), "one fraction for each round"),
+        (lambda: make_recursion((0.5, float("nan"))), "`capacities` must"),
+        (lambda: make_recursion(block=make_block(make_experts())), "no router of its own"),
+        (lambda: mode.Loop(make_block(make_experts()), 2), "no router of its own"),
+        (lambda: mode.Loop(make_block(), 0), "`repeats` must be at least 1"),
+        (lambda: mode.TokenChoiceRecursion(make_block(), DIM, 0, key=jax.random.key(0)), "repeats"),
+        (
+            lambda: make_recursion(block=mode.PositionWise(jnp.tanh), share_keys=True),
+            "keys of its own",
+        ),
+        (lambda: make_recursion(gate=mode.SoftmaxGate()), "must not be a softmax"),
+        (lambda: make_recursion(select=mode.TokenChoice(1)), "must not be `TokenChoice`"),
+    ],
+)
+def test_bad_arguments(make: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        make()
+
+
+def test_what_changes_the_width_is_refused() -> None:
+    layer = make_recursion(block=mode.PositionWise(lambda x: x[:3]))
+    with pytest.raises(ValueError, match=r"shape"):
+        layer(hidden_states(0, TOKENS, DIM))
+
+
+def test_a_depth_is_chosen_by_the_token() -> None:
+    layer = mode.TokenChoiceRecursion(make_block(), DIM, 2, key=jax.random.key(0))
+    other = mode.map_routers(lambda r: replaced(r, "select", mode.LogitThreshold()), layer)
+    with pytest.raises(ValueError, match=r"must be `TokenChoice\(1\)`"):
+        other(hidden_states(0, TOKENS, DIM))
+    assert isinstance(mode.routers(mode.make_causal(layer))[0].select, mode.TokenChoice)
