@@ -18,10 +18,11 @@ import tyro
 from jaxtyping import Array, Float
 
 import mode
-from mode.lab.arms import Arm, depths, predictor_loss
+from mode.lab.arms import Arm, predictor_loss
 from mode.lab.console import make_console
 from mode.lab.evidence.presets import PRESETS, Grid, Preset, bce_loss, sweep_arms
 from mode.lab.evidence.sweep import run_sweep
+from mode.lab.layers import depths
 from mode.lab.options import Recipe, Size
 
 

@@ -18,6 +18,17 @@ import mode
 from mode._types import Scalar
 from mode.routing import Routings
 
+from .layers import (
+    apart,
+    dense_block,
+    depths,
+    loop,
+    queries,
+    recursion,
+    staged,
+    token_choice_recursion,
+    with_experts,
+)
 from .options import ARM_TEXTS, NAMES as NAMES, Size as Size
 
 
@@ -32,7 +43,8 @@ class Arm:
     dense one. `rule` decides which tokens are selected when the model runs causally, `None` where
     the training selection is causal already; the last fraction `under_rule` of training runs under
     it, at the same capacity. `auxiliary` is added to the loss, from the routings of a step.
-    `samples` says whether tokens can be routed one by one, so that text can be sampled. `left_out`
+    `samples` says whether tokens can be routed one by one, so that text can be sampled. With
+    `between`, the routed layer stands for all layers between the first and the last. `left_out`
     leaves out the blocks that other arms route, and `recovers` says whether `ablate` measures
     how much of what these are worth the arm gains.
     """
@@ -46,6 +58,7 @@ class Arm:
     quantile_rate: float = 0.03
     auxiliary: Callable[[Routings], Scalar] | None = None
     samples: bool = True
+    between: bool = False
     left_out: bool = False
     recovers: bool = False
 
@@ -56,11 +69,13 @@ class Arm:
         """
 
         def dense(key: PRNGKeyArray) -> mode.Residual:
-            return mode.Residual(_block(size, key))
+            return mode.Residual(dense_block(size, key))
 
         left_out = len(range(1, size.depth, self.every)) if self.left_out else 0
         stacks = [([dense], size.depth - left_out)]
-        if self.routed is not None:
+        if self.between and self.routed is not None:
+            stacks = [([dense], 1), ([partial(self.routed, size)], 1), ([dense], 1)]
+        elif self.routed is not None:
             routed, offset = partial(self.routed, size), min(1, self.every - 1)
             stacks = mode.interleave(dense, routed, size.depth, every=self.every, offset=offset)
         dtype = jnp.dtype(size.dtype)
@@ -88,51 +103,9 @@ class Arm:
         return steps - round(self.under_rule * steps)
 
 
-def _block(size: Size, key: PRNGKeyArray) -> mode.TransformerBlock:
-    return mode.TransformerBlock(size.dim, size.heads, num_kv_heads=size.kv_heads, key=key)
-
-
-def depths(
-    size: Size,
-    key: PRNGKeyArray,
-    *,
-    select: mode.AbstractSelector = mode.ExpertChoice(),
-    gate: mode.AbstractGate = mode.AbsoluteGate(),
-    weigh_values: bool = True,
-    predictor: bool = False,
-) -> mode.MixtureOfDepths:
-    """A layer of Mixture-of-Depths around the dense arm's block."""
-    block_key, router_key, predictor_key = jax.random.split(key, 3)
-    return mode.MixtureOfDepths(
-        _block(size, block_key),
-        size.dim,
-        size.capacity,
-        select=select,
-        gate=gate,
-        weigh_values=weigh_values,
-        predictor=mode.Predictor(size.dim, key=predictor_key) if predictor else None,
-        key=router_key,
-    )
-
-
-def _expert(size: Size) -> Callable[[PRNGKeyArray], mode.SwiGLUFeedForward]:
-    # The dense block's own feed-forward: an expert costs what the dense one does.
-    return lambda key: mode.SwiGLUFeedForward(size.dim, key=key)
-
-
-def _with_experts(
-    build: Callable[..., mode.Residual], size: Size, key: PRNGKeyArray, *, noop: bool = True
-) -> mode.Residual:
-    counts = (size.experts, size.noop) if noop else (size.experts + size.noop, 0)
-    dims = (size.dim, size.heads, *counts)
-    return build(_expert(size), *dims, num_kv_heads=size.kv_heads, key=key)
-
-
-def _staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
-    dims = (size.dim, size.heads, size.experts + size.noop)
-    return mode.staged_mode_layer(
-        _expert(size), *dims, capacity=size.capacity, num_kv_heads=size.kv_heads, key=key
-    )
+def balance_loss(routings: Routings) -> Scalar:
+    """The load balance of token choice, times 0.1 as arXiv:2507.10524 has it."""
+    return 0.1 * jnp.mean(jnp.stack([mode.load_balance_loss(routing) for routing in routings]))
 
 
 def predictor_loss(routings: Routings) -> Scalar:
@@ -162,22 +135,72 @@ ARMS: tuple[Arm, ...] = (
         recovers=True,
     ),
     _late_quantile(
-        "moe", ARM_TEXTS["moe"], partial(_with_experts, mode.integrated_mode_layer, noop=False)
+        "moe", ARM_TEXTS["moe"], partial(with_experts, mode.integrated_mode_layer, noop=False)
     ),
     _late_quantile(
-        "moe-reduced", ARM_TEXTS["moe-reduced"], partial(_with_experts, mode.reduced_capacity_moe)
+        "moe-reduced", ARM_TEXTS["moe-reduced"], partial(with_experts, mode.reduced_capacity_moe)
     ),
-    _late_quantile("mode-staged", ARM_TEXTS["mode-staged"], _staged),
+    _late_quantile("mode-staged", ARM_TEXTS["mode-staged"], staged),
     _late_quantile(
         "mode-integrated",
         ARM_TEXTS["mode-integrated"],
-        partial(_with_experts, mode.integrated_mode_layer),
+        partial(with_experts, mode.integrated_mode_layer),
     ),
 )
 
 
+MORE_ARMS: tuple[Arm, ...] = (
+    _late_quantile("mod-queries", ARM_TEXTS["mod-queries"], queries, recovers=True),
+    Arm(
+        "mod-queries-random",
+        ARM_TEXTS["mod-queries-random"],
+        partial(queries, select=mode.RandomChoice()),
+        samples=False,
+        recovers=True,
+    ),
+    _late_quantile(
+        "mod-attention", ARM_TEXTS["mod-attention"], partial(apart, parts=("attention",))
+    ),
+    _late_quantile(
+        "mod-feedforward", ARM_TEXTS["mod-feedforward"], partial(apart, parts=("feedforward",))
+    ),
+    _late_quantile(
+        "mod-both", ARM_TEXTS["mod-both"], partial(apart, parts=("attention", "feedforward"))
+    ),
+    Arm("loop", ARM_TEXTS["loop"], loop, between=True),
+    _late_quantile("recursion", ARM_TEXTS["recursion"], recursion, between=True),
+    Arm(
+        "recursion-random",
+        ARM_TEXTS["recursion-random"],
+        partial(recursion, select=mode.RandomChoice()),
+        samples=False,
+        between=True,
+    ),
+    _late_quantile(
+        "recursion-shared",
+        ARM_TEXTS["recursion-shared"],
+        partial(recursion, share_keys=True),
+        between=True,
+    ),
+    Arm(
+        "recursion-depth",
+        ARM_TEXTS["recursion-depth"],
+        token_choice_recursion,
+        auxiliary=balance_loss,
+        between=True,
+    ),
+    dataclasses.replace(
+        ARMS[NAMES.index("moe")],
+        name="moe-threshold",
+        description=ARM_TEXTS["moe-threshold"],
+        under_rule=0.95,
+    ),
+)
+ALL_ARMS = (*ARMS, *MORE_ARMS)
+
+
 def arms_named(names: Sequence[str]) -> list[Arm]:
-    """Finds arms by their names, in the order of `ARMS`.
+    """Finds arms by their names, in the order of `ALL_ARMS`.
 
     **Raises:** `ValueError` for no name, an unknown one, or one that is given twice.
     """
@@ -187,11 +210,11 @@ def arms_named(names: Sequence[str]) -> list[Arm]:
             f"`arms` must be one or more of {', '.join(NAMES)}, each once, got "
             f"{', '.join(wrong) or 'none'}."
         )
-    return [arm for arm in ARMS if arm.name in names]
+    return [arm for arm in ALL_ARMS if arm.name in names]
 
 
 def arm_named(name: str) -> Arm:
     """Finds an arm by its name; raises `ValueError` for an unknown one."""
     if name not in NAMES:
         raise ValueError(f"`arm` must be one of {', '.join(NAMES)}, got {name!r}.")
-    return ARMS[NAMES.index(name)]
+    return ALL_ARMS[NAMES.index(name)]

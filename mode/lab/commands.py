@@ -11,6 +11,7 @@ from annotated_types import Ge, Le
 
 from .options import (
     ARM_TEXTS,
+    DEFAULT_NAMES,
     NAMES,
     TASK_ARMS,
     TASK_TEXTS,
@@ -62,7 +63,7 @@ class Ablation:
     arms: Annotated[
         tuple[str, ...],
         tyro.conf.arg(help=_texts("Which arms to train.", ARM_TEXTS), metavar="ARM ..."),
-    ] = NAMES
+    ] = DEFAULT_NAMES
     seed: Seed = 0
     """Seed of parameters, data order and random routing."""
     held_out: Count = 512

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from scipy import special
 
 import mode
+from mode.nn import AbstractRoutedLayer
 
 from .data import Batch, Sequences
 from .measures import prediction_entropy
@@ -56,7 +57,7 @@ def router_places(model: mode.Transformer) -> list[RouterPlace]:
         period = len(stack.layers)
         for number, layer in enumerate(stack.layers, 1):
             layers = tuple(below + number + period * repeat for repeat in range(stack.repeats))
-            is_depth = isinstance(layer, mode.MixtureOfDepths)
+            is_depth = isinstance(layer, AbstractRoutedLayer)
             for position in range(len(mode.routers(layer))):
                 places.append(RouterPlace(layers, nested=is_depth and position > 0))
         below += period * stack.repeats

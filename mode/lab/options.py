@@ -29,6 +29,21 @@ ARM_TEXTS = {
     "mode-staged": "staged MoDE: first into or around the block, then to an expert inside it",
     "mode-integrated": "integrated MoDE: experts and no-op experts in one routing",
 }
+# Those that `ablate` trains if none is named; the others are a name away.
+DEFAULT_NAMES = tuple(ARM_TEXTS)
+ARM_TEXTS |= {
+    "mod-queries": "Mixture-of-Depths in which skipped tokens are still keys",
+    "mod-queries-random": "the control of mod-queries: tokens at random",
+    "mod-attention": "Mixture-of-Depths of the attention alone",
+    "mod-feedforward": "Mixture-of-Depths of the feed-forward alone",
+    "mod-both": "attention and feed-forward, each by a router of its own",
+    "loop": "one block in a loop of all layers but the first and the last",
+    "recursion": "the same in rounds of fewer and fewer tokens",
+    "recursion-random": "the control of recursion: tokens at random",
+    "recursion-shared": "recursion in which later rounds read the keys of the first",
+    "recursion-depth": "recursion in which a token chooses its depth at the start",
+    "moe-threshold": "Mixture-of-Experts by Expert Threshold: running quantiles in training, too",
+}
 NAMES = tuple(ARM_TEXTS)
 
 # The tasks with known answers, which `tasks.sequences` makes.

@@ -1,6 +1,7 @@
 """The ablation end to end, at a size that trains in seconds: equal FLOPs, resuming, reporting."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -56,9 +57,10 @@ def running(*words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_steps_make_training_flops_equal() -> None:
-    flops = budget.training_budget(0.5, SIZE)
-    for arm in arms.ARMS:
-        per_step = budget.flops_per_step(arm, SIZE, steps.Recipe())
+    size = dataclasses.replace(SIZE, depth=3)  # of which a loop stands for one layer at least
+    flops = budget.training_budget(0.5, size)
+    for arm in arms.ALL_ARMS:
+        per_step = budget.flops_per_step(arm, size, steps.Recipe())
         count = budget.steps_for(arm, flops, per_step)
         assert abs(count * per_step - flops) <= per_step
     each = [arms.arm_named(name) for name in ("dense", "left-out", "mod")]
@@ -81,6 +83,24 @@ def test_a_budget_below_two_steps_is_refused() -> None:
 def test_an_unknown_arm_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`arms` must be one or more of dense.*got nonsense"):
         arms.arms_named(["dense", "nonsense"])
+
+
+def test_a_loop_needs_layers_to_stand_for() -> None:
+    for name in ("loop", "recursion", "recursion-depth"):
+        with pytest.raises(ValueError, match=r"`size.depth` must be at least 3.*got 2"):
+            arms.arm_named(name).shapes(dataclasses.replace(SIZE, depth=2))
+
+
+def test_an_arm_differs_from_its_control_in_the_selector_alone() -> None:
+    """What learned routing gets, random routing gets too."""
+    for name in ("mod", "mod-queries", "recursion"):
+        of_arm, of_control = (
+            mode.routers(arms.arm_named(arm).shapes(arms.Size()))
+            for arm in (name, f"{name}-random")
+        )
+        for router, control in zip(of_arm, of_control, strict=True):
+            assert isinstance(control.select, mode.RandomChoice)
+            assert (router.gate, router.capacity) == (control.gate, control.capacity)
 
 
 def test_the_arm_of_most_routers_is_causal_under_its_rule() -> None:

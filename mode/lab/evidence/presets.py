@@ -10,8 +10,9 @@ import mode
 from mode._types import Scalar
 from mode.routing import Routings
 
-from ..arms import ARMS, Arm, arm_named, depths
+from ..arms import ALL_ARMS, ARMS, Arm, arm_named
 from ..commands import SWEEP_TEXTS
+from ..layers import depths
 from ..options import Recipe, Size
 from .records import SweepSettings
 
@@ -72,7 +73,7 @@ equation_1 = partial(depths, gate=mode.IdentityGate(), weigh_values=False)
 _MOD = arm_named("mod")
 # Those of the ablation, and what the paper's claims need besides.
 SWEEP_ARMS: tuple[Arm, ...] = (
-    *ARMS,
+    *ALL_ARMS,
     dataclasses.replace(
         _MOD,
         name="mod-after",
