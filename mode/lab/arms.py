@@ -22,6 +22,7 @@ from .layers import (
     apart,
     dense_block,
     depths,
+    free_experts,
     loop,
     queries,
     recursion,
@@ -189,6 +190,7 @@ MORE_ARMS: tuple[Arm, ...] = (
         auxiliary=balance_loss,
         between=True,
     ),
+    Arm("mode-free", ARM_TEXTS["mode-free"], free_experts),
     dataclasses.replace(
         ARMS[NAMES.index("moe")],
         name="moe-threshold",

@@ -118,6 +118,26 @@ def with_experts(
     return build(_expert(size), *dims, num_kv_heads=size.kv_heads, key=key)
 
 
+def free_experts(size: Size, key: PRNGKeyArray) -> mode.Residual:
+    """Experts beside choices that cost nothing, at a target of real experts per token."""
+    block_key, expert_key = jax.random.split(key)
+    experts = mode.MixtureOfExperts(
+        _expert(size),
+        size.dim,
+        size.experts,
+        num_noop=size.noop,
+        num_copy=1,
+        num_constant=1,
+        experts_per_token=0.75,
+        select=mode.TokenChoice(2),
+        key=expert_key,
+    )
+    block = mode.TransformerBlock(
+        size.dim, size.heads, num_kv_heads=size.kv_heads, feedforward=experts, key=block_key
+    )
+    return mode.Residual(block)
+
+
 def staged(size: Size, key: PRNGKeyArray) -> mode.MixtureOfDepths:
     """Mixture-of-Depths around a block with experts."""
     dims = (size.dim, size.heads, size.experts + size.noop)

@@ -42,6 +42,8 @@ ARM_TEXTS |= {
     "recursion-random": "the control of recursion: tokens at random",
     "recursion-shared": "recursion in which later rounds read the keys of the first",
     "recursion-depth": "recursion in which a token chooses its depth at the start",
+    "mode-free": "token choice of two among experts, no-ops, a copy and a constant, of which three "
+    "quarters of an expert are real",
     "moe-threshold": "Mixture-of-Experts by Expert Threshold: running quantiles in training, too",
 }
 NAMES = tuple(ARM_TEXTS)

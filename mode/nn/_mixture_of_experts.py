@@ -5,7 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._capacity import Capacity, exact_fraction
 from .._checks import check_count, check_hidden
@@ -17,13 +17,17 @@ from ..routing import (
     AbstractSelector,
     ExpertChoice,
     Router,
+    Routing,
+    SelectedSoftmaxGate,
     SoftmaxGate,
+    TokenChoice,
     combine,
     dispatch,
 )
 from ._cache import Cache
 from ._contracts import AbstractBlock, BlockResult
 from ._experts import Expert, MakeExpert, check_make_expert, run_experts, run_experts_bucketed
+from ._free_experts import FreeExperts
 
 
 class MixtureOfExperts(AbstractBlock):
@@ -43,6 +47,12 @@ class MixtureOfExperts(AbstractBlock):
     - `num_noop`: no-op experts. They have no parameters, slots or FLOPs, and compete in the gate.
         Under `ExpertChoice` they only move probability; under `TokenChoice` choosing one uses one
         of the token's `k` choices.
+    - `num_copy`, `num_constant`: more choices that cost next to nothing, behind the no-ops: a copy
+        expert returns the token, a constant one a mix of it and a learned vector. They need
+        `TokenChoice` and a gate over all choices, such as `SoftmaxGate()`.
+    - `experts_per_token`: how many of its `k` choices a token spends on real experts, on average:
+        `update_router_state` steers the biases of all others so that it is this number. By default
+        all choices are balanced alike.
     - `num_shared`: further experts that see every token with weight 1.
     - `select`: `ExpertChoice()`, which sees the future in a decoder (`make_causal` replaces it), or
         `TokenChoice(k)`, which does not.
@@ -72,6 +82,7 @@ class MixtureOfExperts(AbstractBlock):
     """
 
     router: Router
+    free: FreeExperts | None
     shared: Expert | None
     experts: Expert = role_field("experts")
 
@@ -83,6 +94,9 @@ class MixtureOfExperts(AbstractBlock):
         *,
         capacity_factor: Capacity = 1.0,
         num_noop: int = 0,
+        num_copy: int = 0,
+        num_constant: int = 0,
+        experts_per_token: float | None = None,
         num_shared: int = 0,
         select: AbstractSelector = ExpertChoice(),
         gate: AbstractGate = SoftmaxGate(),
@@ -93,13 +107,17 @@ class MixtureOfExperts(AbstractBlock):
         num_experts = check_count("num_experts", num_experts, 1)
         num_noop = check_count("num_noop", num_noop, 0)
         num_shared = check_count("num_shared", num_shared, 0)
+        num_free = check_count("num_copy", num_copy, 0)
+        num_free += check_count("num_constant", num_constant, 0)
         check_make_expert(make_expert, dim)
         router_key, expert_key, shared_key = jax.random.split(key, 3)
+        free_key = jax.random.fold_in(key, 3)
         make_experts = eqx.filter_vmap(make_expert)
         self.router = Router(
             dim,
             num_experts,
-            num_noop=num_noop,
+            num_noop=num_noop + num_free,
+            experts_per_token=experts_per_token,
             capacity=exact_fraction("capacity_factor", capacity_factor) / num_experts,
             select=select,
             gate=gate,
@@ -107,6 +125,8 @@ class MixtureOfExperts(AbstractBlock):
             std=router_std,
             key=router_key,
         )
+        self.free = FreeExperts(dim, num_copy, num_constant, key=free_key) if num_free else None
+        self._check_free()
         self.experts = make_experts(jax.random.split(expert_key, num_experts))
         self.shared = make_experts(jax.random.split(shared_key, num_shared)) if num_shared else None
 
@@ -119,6 +139,7 @@ class MixtureOfExperts(AbstractBlock):
         check_hidden(x, self.router.dim)
         total = x.shape[-2] if cache.max_tokens is None else cache.max_tokens
         self._check_slots(total)
+        self._check_free()  # the selector and the gate may have been swapped since
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         with jax.named_scope("mode.MixtureOfExperts"):
             slots, used = self.router.slots(total), None
@@ -134,11 +155,34 @@ class MixtureOfExperts(AbstractBlock):
                 updates = run_experts_bucketed(self.experts, inputs, routing.filled, capacity)
             # Adding -0.0 changes no number; adding 0.0 would change a skipped token's -0.0.
             update = combine(updates, routing, onto=jnp.full_like(x, -0.0))
+            # Zeros for padding: a NaN there would reach the gradients of parameters.
+            real = jnp.where(info.valid[..., None], x, 0)
+            if self.free is not None:
+                update += self.free(real, self._free_weights(routing))
             if self.shared is not None:
-                # Zeros for padding: a NaN there would reach the gradients of parameters.
-                real = jnp.where(info.valid[..., None], x, 0)
                 update += run_experts(self.shared, real, keys[2], same_inputs=True).sum(0)
             return update, (routing,), routing.selected
+
+    def _free_weights(self, routing: Routing) -> Float[Array, "*groups tokens free"]:
+        assert self.free is not None
+        choices = self.router.choices(routing)
+        weights = jnp.where(choices, self.router.gate(routing.logits, choices), 0)
+        return weights[..., weights.shape[-1] - self.free.count :]
+
+    def _check_free(self) -> None:
+        if self.free is None:
+            return
+        select, gate = self.router.select, self.router.gate
+        if not isinstance(select, TokenChoice):
+            raise ValueError(
+                "`select` must be a `TokenChoice` with `num_copy` or `num_constant`, which a token "
+                f"has to choose, got {select}."
+            )
+        if isinstance(gate, SelectedSoftmaxGate):
+            raise ValueError(
+                "`gate` must give weights over all choices with `num_copy` or `num_constant`, got "
+                f"{gate}, which knows the experts alone. Use `SoftmaxGate()`."
+            )
 
     def _check_slots(self, num_tokens: int) -> None:
         slots, num_experts = num_tokens * self.router.capacity, self.router.num_experts

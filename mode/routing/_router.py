@@ -6,7 +6,7 @@ from fractions import Fraction
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._capacity import Capacity, exact_fraction, token_capacity
 from .._checks import check_instance
@@ -15,10 +15,10 @@ from .._linear import Linear
 from .._token_info import TokenInfo
 from .._types import ExpertLogits, Hidden, Key, Logits, SlotIndex, TokenMask
 from ..parallel import role_field
-from ._gates import AbstractGate, SelectedSoftmaxGate
+from ._gates import AbstractGate
 from ._record import RouterState, Routing, selected_mask
-from ._selector import AbstractSelector, AbstractTokenSelector, Assignment, RoutingInputs
-from ._token_selectors import TokenChoice
+from ._router_checks import check_assignment, check_follows, check_gradient, check_target
+from ._selector import AbstractSelector, AbstractTokenSelector, RoutingInputs
 
 
 class Router(eqx.Module):
@@ -36,6 +36,8 @@ class Router(eqx.Module):
     - `select`: the selector, which assigns tokens to slots.
     - `gate`: maps logits to weights.
     - `predictor`: maps `[*groups, tokens, dim]` to `[*groups, tokens, experts]`, or `None`.
+    - `experts_per_token`: how many experts a token requests on average, to which
+        `update_router_state` steers the biases of no-ops; `None` balances all choices alike.
     - `among`: fraction of the group's tokens that come to the router, at least `capacity`; below 1
         where others left before, as in `Recursion`. They are not `valid` in the record.
     - `std`: standard deviation of the scorer's initial weights; by default `dim ** -0.5`, at which
@@ -57,6 +59,7 @@ class Router(eqx.Module):
     dim: int = eqx.field(static=True)
     capacity: Fraction = eqx.field(static=True)
     among: Fraction = eqx.field(static=True)
+    experts_per_token: float | None = eqx.field(static=True)
     num_experts: int = eqx.field(static=True)
     # One role for all: a router is small, and every device has all of it.
     scorer: Callable[..., Logits] = role_field("router")
@@ -75,13 +78,14 @@ class Router(eqx.Module):
         select: AbstractSelector,
         gate: AbstractGate,
         predictor: Callable[..., ExpertLogits] | None = None,
+        experts_per_token: float | None = None,
         among: Capacity = 1,
         std: float | None = None,
         key: PRNGKeyArray,
     ) -> None:
         check_instance("select", select, AbstractSelector, "ExpertChoice()")
         check_instance("gate", gate, AbstractGate, "SigmoidGate()")
-        _check_gradient(select, gate)
+        check_gradient(select, gate)
         if isinstance(predictor, type) or not (predictor is None or callable(predictor)):
             raise ValueError(
                 "`predictor` must map hidden states to one logit per expert, such as "
@@ -99,6 +103,8 @@ class Router(eqx.Module):
         self.dim = dim
         self.capacity = exact_fraction("capacity", capacity)
         self.among = exact_fraction("among", among)
+        check_target(experts_per_token, num_experts, num_noop, select)
+        self.experts_per_token = experts_per_token
         self.num_experts = num_experts
 
     @property
@@ -120,6 +126,15 @@ class Router(eqx.Module):
         """Returns what the selector compares: the gate's scores of the logits plus the bias."""
         bias = jax.lax.stop_gradient(self.state.bias).astype(logits.dtype)
         return self.gate.scores(logits + jnp.expand_dims(bias, range(logits.ndim - 1)))
+
+    def choices(self, routing: Routing) -> Bool[Array, "*groups tokens choices"]:
+        """Returns the choices that each token got: experts that selected it, and no-ops that it
+        requested, under a selector that decides token by token."""
+        assert isinstance(self.select, AbstractTokenSelector)
+        inputs = self.inputs(routing.logits, routing.predictor, routing.valid, 0)
+        noops = self.select.requested_mask(inputs)[..., self.num_experts :]
+        noops &= routing.valid[..., None]
+        return jnp.concatenate([routing.selected, noops], axis=-1)
 
     def inputs(
         self,
@@ -163,9 +178,9 @@ class Router(eqx.Module):
         sequences; for a selector, gate or predictor whose result has the wrong shape.
         """
         with jax.named_scope("mode.Router"):
-            _check_gradient(self.select, self.gate)  # they may have been replaced since
+            check_gradient(self.select, self.gate)  # they may have been replaced since
             if used is not None:
-                _check_follows(self.select, slots)
+                check_follows(self.select, slots)
             num_tokens = x.shape[-2]
             total = self.slots(num_tokens) if slots is None else slots
             free = None if used is None else total - used
@@ -174,7 +189,7 @@ class Router(eqx.Module):
             logits, predictor = self.scorer(x), self._predict(jax.lax.stop_gradient(x))
             inputs = self.inputs(logits, predictor, info.valid, min(total, num_tokens), free)
             assignment = self.select(inputs, key=key)
-            _check_assignment(self.select, assignment, inputs)
+            check_assignment(self.select, assignment, inputs)
             weight = self._weights(logits, assignment.index)
             return Routing(assignment.index, weight, logits, assignment.load, info.valid, predictor)
 
@@ -203,43 +218,3 @@ class Router(eqx.Module):
         token = jnp.minimum(index, num_tokens - 1)
         weight = jnp.take_along_axis(jnp.swapaxes(weights, -1, -2), token, axis=-1)
         return jnp.where(index < num_tokens, weight, 0)
-
-
-def _check_gradient(select: AbstractSelector, gate: AbstractGate) -> None:
-    if isinstance(gate, SelectedSoftmaxGate) and isinstance(select, TokenChoice) and select.k == 1:
-        raise ValueError(
-            "`gate=SelectedSoftmaxGate()` with `select=TokenChoice(1)` gives every weight the "
-            "value 1 and the router no gradient. Use `gate=SoftmaxGate()`, or `TokenChoice(k)` "
-            "with k of at least 2."
-        )
-
-
-def _check_follows(select: AbstractSelector, slots: int | None) -> None:
-    if not isinstance(select, AbstractTokenSelector):
-        raise ValueError(
-            "`select` must decide token by token where tokens follow earlier ones, got "
-            f"`{type(select).__name__}`, which assigns whole sequences. Use "
-            "`mode.make_causal(model)`, or put a `QuantileThreshold` there by `mode.map_routers`."
-        )
-    if slots is None:
-        raise ValueError(
-            "`slots` must be given with `used`: the slots of each expert in the whole sequence, "
-            "such as `router.slots(max_tokens)`, got None."
-        )
-
-
-def _check_assignment(select: AbstractSelector, assignment: object, inputs: RoutingInputs) -> None:
-    name, groups = type(select).__name__, inputs.valid.shape[:-1]
-    if not isinstance(assignment, Assignment):
-        raise ValueError(
-            f"`select`, {name}, must return an `Assignment(index, load)`, got "
-            f"{type(assignment).__name__}."
-        )
-    rows, load = (*groups, inputs.num_experts), (*groups, inputs.scores.shape[-1])
-    if (assignment.index.shape[:-1], assignment.load.shape) != (rows, load):
-        raise ValueError(
-            f"`select`, {name}, must return an index of shape [*groups, experts, slots] = "
-            f"{(*rows, inputs.slots)} and a load of shape [*groups, choices] = {load}, got "
-            f"{assignment.index.shape} and {assignment.load.shape}. "
-            "`first_come_first_served` makes such an index, `inputs.pad_noop_load` such a load."
-        )

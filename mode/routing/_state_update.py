@@ -6,7 +6,8 @@ import numbers
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Float, PyTree
 
 from .._types import Scalar
 from ._quantile import score_quantile
@@ -28,8 +29,9 @@ def update_router_state(
     Thresholds move towards the score $q$ that separates the best of all real tokens of the step, a
     fraction `capacity`, from the rest: $t \leftarrow t + \max(\rho, 1/(n+1)) (q - t)$ after $n$
     updates, at first a plain mean and later an exponential average. Biases, of routers with a
-    `TokenChoice` selector, move by $u \, \text{sign}(\bar L - L_c)$, where $L_c$ is the number of
-    assignments that requested choice $c$ and $\bar L$ its mean over the choices.
+    `TokenChoice` selector, move by $u \, \text{sign}(\bar L_c - L_c)$, where $L_c$ is the number of
+    assignments that requested choice $c$ and $\bar L_c$ its mean over the choices; or, where the
+    router has `experts_per_token`, its mean over the experts, or the no-ops, at that number.
 
     **Arguments:**
 
@@ -73,13 +75,23 @@ def update_router_state(
         bias = state.bias
         if isinstance(router.select, TokenChoice):
             load = jnp.sum(routing.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
-            moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(jnp.mean(load) - load)
+            wanted = jnp.sum(load) * _wanted_load(router, router.select.k)
+            moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(wanted - load)
             bias = moved.astype(bias.dtype)
         updates = state.updates + jnp.any(known).astype(state.updates.dtype)
         return RouterState(bias, threshold.astype(state.threshold.dtype), updates)
 
     states = iter(map_router_routings(update, model, routings))
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
+
+
+def _wanted_load(router: Router, k: int) -> Float[np.ndarray, " choices"]:
+    """The fraction of all requests that each choice is to get."""
+    experts, noops = router.num_experts, router.num_noop
+    if router.experts_per_token is None:
+        return np.full(experts + noops, 1 / (experts + noops), np.float32)
+    real = router.experts_per_token / k
+    return np.repeat([real / experts, (1 - real) / noops], [experts, noops]).astype(np.float32)
 
 
 def _check_update(router: Router, routing: Routing, least: int) -> None:
