@@ -64,6 +64,13 @@ TASK_ARMS = {
     "random": "its control: tokens at random",
     "strided": "evenly spaced tokens",
 }
+# Those that `tasks` trains if none is named.
+DEFAULT_TASK_ARMS = tuple(TASK_ARMS)
+TASK_ARMS |= {
+    "queries": "Mixture-of-Depths in which skipped tokens are keys: questions alone need a slot",
+    "parts": "attention and feed-forward, each by a router of its own; slots are the attention's",
+    "recursion": "a block in two rounds, of twice the tokens and then of as many",
+}
 
 # Ranges: `check_options` refuses numbers outside of them, and so does every record that is read.
 Count = Annotated[int, Ge(1), Le(10**9)]

@@ -139,7 +139,7 @@ class Attention(AbstractKeyedBlock):
             q = self._turn(self._heads(rows, slice(self.num_heads)), row_info)
             k, v = (entry.swapaxes(1, 2) for entry in keys.entries)
             row_index = index.reshape(rows.shape[:-1])
-            mixed = self._attend(q, k, v, _info_rows(keys.info), keys.past, row_index)
+            mixed = self._attend(q, k, v, _info_rows(keys.info), keys.cache, row_index)
             return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), ()
 
     def _heads(self, rows: _HiddenRows, some: slice) -> Float[Array, "batch tokens heads head_dim"]:

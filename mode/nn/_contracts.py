@@ -74,12 +74,12 @@ class Keys(eqx.Module):
 
     **Attributes:**
 
-    - `past`: the cache of the tokens before the new ones.
+    - `cache`: entries of the tokens before the new ones.
     - `entries`, `info`: what `AbstractKeyedBlock.keys` returned for the new tokens, and their
         positions and segments.
     """
 
-    past: Cache
+    cache: Cache
     entries: PyTree
     info: TokenInfo
 

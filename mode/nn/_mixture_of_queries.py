@@ -72,7 +72,7 @@ class MixtureOfQueries(AbstractRoutedLayer):
         self.check(x)
         block = _checked(self.block)  # it may have been swapped since
         # Of all tokens, and of the selected ones.
-        past, own = (cache, self.own_cache(cache)) if isinstance(cache, Cache) else cache
+        of_all, own = (cache, self.own_cache(cache)) if isinstance(cache, Cache) else cache
         router_key, block_key = (None, None) if key is None else jax.random.split(key)
         with jax.named_scope("mode.MixtureOfQueries"):
             routing, slots, slot_info = self.select_tokens(x, info, own, router_key)
@@ -85,10 +85,10 @@ class MixtureOfQueries(AbstractRoutedLayer):
                 return block.extend_queries(slots, slot_info, index, keys, own, key=block_key)
 
             index = routing.index[..., 0, :]
-            inputs = (slots, slot_info, index, Keys(past, entries, info), own)
+            inputs = (slots, slot_info, index, Keys(of_all, entries, info), own)
             update, inner, own_entries = run_rows(run, inputs, routing, self.router.capacity)
             hidden = combine(update[None], routing, onto=x)
-            new = Cache.of_tokens(entries, info, past.max_tokens)
+            new = Cache.of_tokens(entries, info, of_all.max_tokens)
             new_own = Cache.of_tokens(own_entries, slot_info, own.max_tokens)
             return hidden, (routing, *inner), (new, new_own)
 

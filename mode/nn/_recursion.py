@@ -114,8 +114,8 @@ class Recursion(AbstractLayer):
                 used = None if own.length is None else own.length[:, None]
                 slots = caches.slots[number]
                 routing = router(x, inside, slots=slots, used=used, key=router_keys[number])
-                if number == 0 and caches.past is not None:
-                    shared = make_shared_keys(self.block, x, info, routing, caches.past)
+                if number == 0 and caches.shared is not None:
+                    shared = make_shared_keys(self.block, x, info, routing, caches.shared)
                     news += (shared.new,)
                 x, new = run_round(
                     self.block, x, info, routing, own, shared, router.capacity, block_keys[number]

@@ -18,10 +18,10 @@ from ._routed_layer import gather_slots, run_rows
 class RoundCaches(NamedTuple):
     """The caches of a recursion, and the slots that each round has in a whole sequence.
 
-    `past` is the cache of keys that all rounds share, `None` where each has its own.
+    `shared` is the cache of keys that all rounds share, `None` where each has its own.
     """
 
-    past: Cache | None
+    shared: Cache | None
     own: tuple[Cache, ...]
     slots: list[int]
 
@@ -35,7 +35,7 @@ class SharedKeys(NamedTuple):
     @property
     def new(self) -> Cache:
         """The cache of these tokens alone."""
-        return Cache.of_tokens(self.keys.entries, self.keys.info, self.keys.past.max_tokens)
+        return Cache.of_tokens(self.keys.entries, self.keys.info, self.keys.cache.max_tokens)
 
 
 def open_caches(
@@ -43,21 +43,21 @@ def open_caches(
 ) -> RoundCaches:
     """Takes the caches of a recursion apart. `slots` says how many each round has in a sequence."""
     if not isinstance(cache, Cache):
-        past, own = (cache[0], cache[1:]) if share_keys else (None, cache)
-        return RoundCaches(past, own, [one.max_tokens for one in own])
+        shared, own = (cache[0], cache[1:]) if share_keys else (None, cache)
+        return RoundCaches(shared, own, [one.max_tokens for one in own])
     counts = slots(num_tokens if cache.max_tokens is None else cache.max_tokens)
     own = tuple(Cache.empty(count if cache.is_kept else None) for count in counts)
     return RoundCaches(own[0] if share_keys else None, own, counts)
 
 
 def share_keys(
-    block: Block, x: Hidden, info: TokenInfo, routing: Routing, past: Cache
+    block: Block, x: Hidden, info: TokenInfo, routing: Routing, cache: Cache
 ) -> SharedKeys:
     """Makes the keys of the tokens of the first round."""
     assert isinstance(block, AbstractKeyedBlock)
     slots, slot_info = gather_slots(x, info, routing)
     rank = jnp.cumsum(routing.selected[..., 0], axis=-1, dtype=jnp.int32) - 1
-    return SharedKeys(Keys(past, block.keys(slots, slot_info), slot_info), rank)
+    return SharedKeys(Keys(cache, block.keys(slots, slot_info), slot_info), rank)
 
 
 def run_round(

@@ -101,8 +101,8 @@ class TokenChoiceRecursion(AbstractLayer):
             shared = None
             for number, own in enumerate(caches.own):
                 deeper = _at_least(routing, number)
-                if number == 0 and caches.past is not None:
-                    shared = make_shared_keys(self.block, x, info, deeper, caches.past)
+                if number == 0 and caches.shared is not None:
+                    shared = make_shared_keys(self.block, x, info, deeper, caches.shared)
                     news += (shared.new,)
                 capacity = min(Fraction(1), self.router.capacity * (repeats - number))
                 x, new = run_round(

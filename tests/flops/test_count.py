@@ -58,8 +58,22 @@ LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {
         ),
         (2, 128, 64),
     ),
+    "queries": (lambda: mode.MixtureOfQueries(block(128), 128, 0.25, key=KEY), (2, 256, 128)),
+    "recursion": (lambda: mode.Recursion(block(64), 64, (1, 0.5), key=KEY), (2, 128, 64)),
+    "recursion, shared keys": (
+        lambda: mode.Recursion(block(64), 64, (0.5, 0.25), share_keys=True, key=KEY),
+        (2, 256, 64),
+    ),
+    "token choice recursion": (
+        lambda: mode.TokenChoiceRecursion(block(64), 64, 2, key=KEY),
+        (2, 128, 64),
+    ),
     "expert choice": (lambda: experts(128, capacity_factor=2.0), (2, 128, 128)),
     "token choice": (lambda: experts(64, select=mode.TokenChoice(2), num_noop=2), (2, 256, 64)),
+    "free experts": (
+        lambda: experts(64, select=mode.TokenChoice(2), num_copy=1, num_constant=2),
+        (2, 256, 64),
+    ),
     "shared expert": (
         lambda: mode.Residual(mode.MixtureOfExperts(swiglu(64), 64, 4, num_shared=1, key=KEY)),
         (2, 128, 64),

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 import mode
 from mode.lab.ablate import run_rereport
 from mode.lab.commands import TASK_RECIPE, Rereport, Tasks
-from mode.lab.options import TASK_ARMS, TASK_TEXTS, Recipe
+from mode.lab.options import DEFAULT_TASK_ARMS, TASK_ARMS, TASK_TEXTS, Recipe
 from mode.lab.tasks.arms import TaskSize, build, mixture_of_depths, train_and_score
 from mode.lab.tasks.command import run_tasks
 from mode.lab.tasks.records import read_results
@@ -139,7 +140,26 @@ def test_the_oracle_selects_what_is_needed_and_nothing_else(name: str) -> None:
         np.testing.assert_array_equal(selected, np.asarray(task.is_needed(batch.classes)))
 
 
-@pytest.mark.parametrize("arm", TASK_ARMS)
+def test_every_other_form_is_routed() -> None:
+    """Its first router has the slots of the task, but that of a recursion, which has twice them."""
+    task = recall()
+    for arm in set(TASK_ARMS) - set(DEFAULT_TASK_ARMS):
+        model = eqx.filter_eval_shape(
+            lambda arm=arm: build(
+                arm,
+                SMALL,
+                mixture_of_depths,
+                vocab=task.vocab,
+                capacity=task.capacity,
+                key=jax.random.key(0),
+            )
+        )
+        first = mode.routers(model)[0]
+        factor = 2 if arm == "recursion" else 1
+        assert float(first.capacity) == pytest.approx(factor * float(task.capacity))
+
+
+@pytest.mark.parametrize("arm", DEFAULT_TASK_ARMS)
 def test_every_arm_trains(arm: str) -> None:
     """Arms with a routed layer say which classes got a slot; only learned selection looks ahead."""
     task = recall()

@@ -45,6 +45,33 @@ def mixture_of_depths(
     return mode.MixtureOfDepths(block, dim, capacity, key=key)
 
 
+def _parts(
+    block: Callable, dim: int, capacity: mode.Capacity, *, key: PRNGKeyArray
+) -> mode.Sequential:
+    assert isinstance(block, mode.TransformerBlock)
+    keys = jax.random.split(key)
+    return mode.Sequential(
+        [
+            mode.MixtureOfDepths(part, dim, capacity, key=part_key)
+            for part, part_key in zip(block.split(), keys, strict=True)
+        ]
+    )
+
+
+def _recursion(
+    block: Callable, dim: int, capacity: mode.Capacity, *, key: PRNGKeyArray
+) -> mode.Recursion:
+    return mode.Recursion(block, dim, (min(1, 2 * capacity), capacity), key=key)
+
+
+# Arms that have a layer of their own.
+_LAYERS: dict[str, MakeRouted] = {
+    "queries": mode.MixtureOfQueries,
+    "parts": _parts,
+    "recursion": _recursion,
+}
+
+
 def build(
     arm: str,
     size: TaskSize,
@@ -66,7 +93,7 @@ def build(
     def routed(key: PRNGKeyArray) -> Callable:
         block_key, router_key = jax.random.split(key)
         block = mode.TransformerBlock(size.dim, size.heads, key=block_key)
-        layer = make_routed(block, size.dim, capacity, key=router_key)
+        layer = _LAYERS.get(arm, make_routed)(block, size.dim, capacity, key=router_key)
         return mode.map_routers(controlled, layer) if arm in CONTROLS else layer
 
     upper = {"dense": [dense], "left-out": []}.get(arm, [routed])
