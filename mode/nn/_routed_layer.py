@@ -88,7 +88,11 @@ def run_rows(
         return run(*some)
 
     needed = jnp.any(routing.filled, axis=(-1, -2))
-    sizes = bucket_sizes(needed.shape[0], capacity)
+    count = needed.shape[0]
+    # Gathering the caches of more than half of the rows takes longer than running all of them.
+    sizes = tuple(
+        size for size in bucket_sizes(count, capacity) if 2 * size <= count or size == count
+    )
     update, inner, entries = run_bucketed(run_some, needed, sizes)
     return update, tuple(routing.masked(needed) for routing in inner), entries
 
