@@ -1,4 +1,4 @@
-"""Gates, selectors, a scorer and a layer that the study compares with those of the library."""
+"""Gates, selectors and a scorer that the study compares with those of the library."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 import mode
-from mode.routing import Routings
 
 
 class Softplus(mode.AbstractGate):
@@ -67,43 +66,3 @@ class Scorer(eqx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.factor * self.linear(x if self.norm is None else self.norm(x))
-
-
-class KeysForAll(eqx.Module):
-    """Mixture-of-Depths in which unselected tokens are keys and values too.
-
-    Queries, the output of the attention and the feed-forward are those of the selected tokens. For
-    training on whole sequences alone, `[batch, tokens, dim]`.
-    """
-
-    router: mode.Router
-    block: mode.TransformerBlock
-
-    def __call__(
-        self, x: Array, info: mode.TokenInfo, *, key: PRNGKeyArray | None = None
-    ) -> tuple[Array, Routings]:
-        routing = self.router(x, info, key=key)
-        attention, index = self.block.attention, routing.index[:, 0]
-        attended = jax.vmap(lambda x, info, index: _attend(attention, x, info, index))(
-            self.block.attention_norm(x), info, index
-        )
-        slots = mode.dispatch(x, routing)[0] + attended
-        normed = self.block.feedforward_norm(slots)
-        feedforward = self.block.feedforward
-        assert isinstance(feedforward, mode.PositionWise)
-        update, _ = feedforward(normed)
-        return mode.combine((attended + update)[None], routing, onto=x), (routing,)
-
-
-def _attend(attention: mode.Attention, x: Array, info: mode.TokenInfo, index: Array) -> Array:
-    """Attends from the tokens at `index` to all, `[tokens, dim]`, of the same document."""
-    heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    assert heads == kv_heads
-    rotated, v = jnp.split(attention.qkv(x).reshape(x.shape[0], 3 * heads, -1), [2 * heads], axis=1)
-    assert attention.rope_theta is not None
-    q, k = jnp.split(mode.rope(rotated, info.positions, attention.rope_theta), 2, axis=1)
-    scores = jnp.einsum("qhd,khd->hqk", q[index], k) * q.shape[-1] ** -0.5
-    same = info.segment_ids[index][:, None] == info.segment_ids
-    seen = same & (jnp.arange(x.shape[0]) <= index[:, None])
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return attention.out(jnp.einsum("hqk,khd->qhd", weights, v).reshape(-1, x.shape[-1]))

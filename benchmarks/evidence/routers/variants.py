@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from forms import KeysForAll, OnePlus, Perturbed, Scorer, Softplus, noise, random_slots
+from forms import OnePlus, Perturbed, Scorer, Softplus, noise, random_slots
 from jaxtyping import Array, PRNGKeyArray
 
 import mode
@@ -31,21 +32,19 @@ class Variant:
         self, block: mode.TransformerBlock, dim: int, capacity: mode.Capacity, *, key: PRNGKeyArray
     ) -> Callable:
         """Builds the routed layer."""
-        select = mode.ExpertChoice() if self.select is None else self.select
-        layer = mode.MixtureOfDepths(
-            block,
-            dim,
-            capacity,
-            select=select,
-            gate=self.gate,
-            weigh_values=self.weigh_values,
-            router_std=self.std * dim**-0.5 / self.rate,
-            key=key,
-        )
+        options: dict[str, Any] = {
+            "select": mode.ExpertChoice() if self.select is None else self.select,
+            "gate": self.gate,
+            "router_std": self.std * dim**-0.5 / self.rate,
+        }
+        if self.keys_for_all:
+            layer = mode.MixtureOfQueries(block, dim, capacity, **options, key=key)
+        else:
+            options["weigh_values"] = self.weigh_values
+            layer = mode.MixtureOfDepths(block, dim, capacity, **options, key=key)
         norm = mode.RMSNorm(dim) if self.normed else None
         scorer = Scorer(layer.router.scorer, norm, self.rate)  # pyright: ignore
-        layer = eqx.tree_at(lambda m: m.router.scorer, layer, scorer)
-        return KeysForAll(layer.router, block) if self.keys_for_all else layer
+        return eqx.tree_at(lambda m: m.router.scorer, layer, scorer)
 
     def squared_cost(self, routings: Routings) -> Array:
         """The cost of large logits."""
