@@ -1,5 +1,7 @@
 """The attention block: projections, rotary embeddings and an attention function."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -162,25 +164,26 @@ class Attention(AbstractKeyedBlock):
         index: QueryIndex | None = None,
     ) -> Queries:
         info = info.with_weight(None)  # the values have it
-        options = {} if index is None else {"index": index}
-        if isinstance(self.attend, AbstractAttentionFunction):
-            if can_be_called(self.attend.extend, q, k, v, info, cache, **options):
-                return self.attend.extend(q, k, v, info, cache, **options)
-        elif not cache.is_kept and index is None:
-            return self.attend(q, k, v, info)
         name = getattr(self.attend, "__name__", type(self.attend).__name__)
+        extend: Any = getattr(self.attend, "extend", None)
         if index is not None:
+            if can_be_called(extend, q, k, v, info, cache, index=index):
+                return extend(q, k, v, info, cache, index=index)
             raise ValueError(
                 f"`attend` must take queries of some of the tokens, but `{name}` has no argument "
                 "`index`. Write `AbstractAttentionFunction.extend(..., index=None)`, or use "
                 "`CausalAttention` or `MixtureOfDepths`."
             )
-        raise ValueError(
-            f"`model` must be able to decode, but the attention function `{name}` in it has only "
-            "the form for whole sequences. Write it as an `AbstractAttentionFunction`, whose "
-            "`extend` attends to a cache too, or use `CausalAttention(scale=, soft_cap=, window=, "
-            "alibi=)`."
-        )
+        if isinstance(self.attend, AbstractAttentionFunction):
+            return self.attend.extend(q, k, v, info, cache)
+        if cache.is_kept:
+            raise ValueError(
+                f"`model` must be able to decode, but the attention function `{name}` in it has "
+                "only the form for whole sequences. Write it as an `AbstractAttentionFunction`, "
+                "whose `extend` attends to a cache too, or use `CausalAttention(scale=, soft_cap=, "
+                "window=, alibi=)`."
+            )
+        return self.attend(q, k, v, info)
 
 
 def _to_rows(x: Hidden, info: TokenInfo) -> tuple[_HiddenRows, TokenInfo]:

@@ -176,6 +176,16 @@ def check_block(name: str, block: object) -> None:
         )
 
 
+def check_keyed_block(layer: str, block: object, instead: str) -> AbstractKeyedBlock:
+    """Returns `block`, or refuses one that has no keys of its own."""
+    if not (isinstance(block, AbstractKeyedBlock) and block.is_keyed):
+        raise ValueError(
+            f"`block` of {layer} must have keys of its own, as `TransformerBlock` and `Attention` "
+            f"do, got {type_name(block)}. Write it as an `AbstractKeyedBlock`, or {instead}."
+        )
+    return block
+
+
 def _fits(module: object) -> bool:
     if isinstance(module, type):
         return False

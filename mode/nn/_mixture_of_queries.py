@@ -7,12 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from .._capacity import Capacity
-from .._checks import type_name
 from .._token_info import TokenInfo
 from .._types import ExpertLogits, Gathered, GatheredIds, Hidden, Key
 from ..routing import AbsoluteGate, AbstractGate, AbstractSelector, ExpertChoice, Router, combine
 from ._cache import Cache
-from ._contracts import AbstractKeyedBlock, Block, BlockResult, Caches, Keys, LayerResult
+from ._contracts import (
+    AbstractKeyedBlock,
+    Block,
+    BlockResult,
+    Caches,
+    Keys,
+    LayerResult,
+    check_keyed_block,
+)
 from ._routed_layer import AbstractRoutedLayer, make_depth_router, run_rows
 
 
@@ -93,11 +100,5 @@ class MixtureOfQueries(AbstractRoutedLayer):
             return hidden, (routing, *inner), (new, new_own)
 
 
-def _checked(block: object) -> AbstractKeyedBlock:
-    if not (isinstance(block, AbstractKeyedBlock) and block.is_keyed):
-        raise ValueError(
-            "`block` of `MixtureOfQueries` must have keys of its own, as `TransformerBlock` and "
-            f"`Attention` do, got {type_name(block)}. Write it as an `AbstractKeyedBlock`, or use "
-            "`MixtureOfDepths`."
-        )
-    return block
+def _checked(block: Block) -> AbstractKeyedBlock:
+    return check_keyed_block("`MixtureOfQueries`", block, "use `MixtureOfDepths`")

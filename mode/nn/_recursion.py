@@ -14,15 +14,8 @@ from .._checks import check_hidden
 from .._token_info import TokenInfo
 from .._types import Hidden, Key
 from ..routing import AbstractGate, AbstractSelector, ExpertChoice, Router, Routing, SigmoidGate
-from ._cache import Cache
 from ._contracts import AbstractLayer, Block, Caches, LayerResult, check_block
-from ._rounds import (
-    check_round_block,
-    open_caches,
-    run_round,
-    share_keys as make_shared_keys,
-    split_keys,
-)
+from ._rounds import check_round_block, open_caches, run_rounds, split_keys
 from ._routed_layer import check_select, make_depth_router
 
 
@@ -107,24 +100,22 @@ class Recursion(AbstractLayer):
         router_keys, block_keys = split_keys(key, len(self.routers))
         with jax.named_scope("mode.Recursion"):
             caches = open_caches(cache, x.shape[-2], self._slots, self.share_keys)
-            routings: tuple[Routing, ...] = ()
-            news: tuple[Cache, ...] = ()
-            inside, shared = info, None
-            for number, (router, own) in enumerate(zip(self.routers, caches.own, strict=True)):
-                used = None if own.length is None else own.length[:, None]
-                slots = caches.slots[number]
-                routing = router(x, inside, slots=slots, used=used, key=router_keys[number])
-                if number == 0 and caches.shared is not None:
-                    shared = make_shared_keys(self.block, x, info, routing, caches.shared)
-                    news += (shared.new,)
-                x, new = run_round(
-                    self.block, x, info, routing, own, shared, router.capacity, block_keys[number]
-                )
-                # Those that left are as padding to the routers of later rounds.
-                selected = routing.selected[..., 0]
-                inside = TokenInfo(info.positions, jnp.where(selected, info.segment_ids, 0))
-                routings, news = (*routings, routing), (*news, new)
-            return x, routings, news
+            routings: list[Routing] = []
+
+            def route(number: int, x: Hidden) -> Routing:
+                inside = info
+                if routings:  # those that left are as padding to the router
+                    selected = routings[-1].selected[..., 0]
+                    inside = TokenInfo(info.positions, jnp.where(selected, info.segment_ids, 0))
+                length, slots = caches.own[number].length, caches.slots[number]
+                used = None if length is None else length[:, None]
+                key = router_keys[number]
+                routings.append(self.routers[number](x, inside, slots=slots, used=used, key=key))
+                return routings[-1]
+
+            capacities = [router.capacity for router in self.routers]
+            x, news = run_rounds(self.block, x, info, caches, route, capacities, block_keys)
+            return x, tuple(routings), news
 
     def _slots(self, num_tokens: int) -> list[int]:
         """The slots of each round in a sequence of `num_tokens`."""

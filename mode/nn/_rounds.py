@@ -1,17 +1,26 @@
-"""One round of a recursion: which tokens it runs, and whose keys they read."""
+"""The rounds of a recursion: which tokens each one runs, and whose keys they read."""
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._token_info import TokenInfo
-from .._types import Gathered, GatheredIds, Hidden, Ids, Key
+from .._types import Gathered, GatheredIds, Hidden, Key
 from ..routing import Routing, combine, routers
 from ._cache import Cache
-from ._contracts import AbstractKeyedBlock, Block, BlockResult, Caches, Keys, run_block
+from ._contracts import (
+    AbstractKeyedBlock,
+    Block,
+    BlockResult,
+    Caches,
+    Keys,
+    check_keyed_block,
+    run_block,
+)
 from ._routed_layer import gather_slots, run_rows
 
 
@@ -26,18 +35,6 @@ class RoundCaches(NamedTuple):
     slots: list[int]
 
 
-class SharedKeys(NamedTuple):
-    """The keys of the first round, and where each token stands among them."""
-
-    keys: Keys
-    rank: Ids
-
-    @property
-    def new(self) -> Cache:
-        """The cache of these tokens alone."""
-        return Cache.of_tokens(self.keys.entries, self.keys.info, self.keys.cache.max_tokens)
-
-
 def open_caches(
     cache: Caches, num_tokens: int, slots: Callable[[int], list[int]], share_keys: bool
 ) -> RoundCaches:
@@ -50,54 +47,62 @@ def open_caches(
     return RoundCaches(own[0] if share_keys else None, own, counts)
 
 
-def share_keys(
-    block: Block, x: Hidden, info: TokenInfo, routing: Routing, cache: Cache
-) -> SharedKeys:
-    """Makes the keys of the tokens of the first round."""
-    assert isinstance(block, AbstractKeyedBlock)
-    slots, slot_info = gather_slots(x, info, routing)
-    rank = jnp.cumsum(routing.selected[..., 0], axis=-1, dtype=jnp.int32) - 1
-    return SharedKeys(Keys(cache, block.keys(slots, slot_info), slot_info), rank)
-
-
-def run_round(
+def run_rounds(
     block: Block,
     x: Hidden,
     info: TokenInfo,
-    routing: Routing,
-    own: Cache,
-    shared: SharedKeys | None,
-    capacity: Fraction,
-    key: Key,
-) -> tuple[Hidden, Cache]:
-    """Runs the block on the tokens of one round.
+    caches: RoundCaches,
+    route: Callable[[int, Hidden], Routing],
+    capacities: Sequence[Fraction],
+    keys: Sequence[Key],
+) -> tuple[Hidden, tuple[Cache, ...]]:
+    """Runs the block in rounds.
 
-    **Returns:** all hidden states, and the new cache of this round.
+    **Arguments:**
+
+    - `route`: returns the routing, of one choice, of the round with this number, from the hidden
+        states before it.
+    - `capacities`, `keys`: for each round, the usual fraction of tokens in it, and a key.
+
+    **Returns:** hidden states, and the new caches: first that of the shared keys, if there is one.
     """
-    slots, slot_info = gather_slots(x, info, routing)
 
-    def run_alone(slots: Gathered, info: TokenInfo, own: Cache) -> BlockResult:
+    def run_alone(key: Key, slots: Gathered, info: TokenInfo, own: Cache) -> BlockResult:
         return run_block("block", block, slots, info, own, key)
 
     def run_queries(
-        slots: Gathered, info: TokenInfo, index: GatheredIds, keys: Keys, own: Cache
+        key: Key, slots: Gathered, info: TokenInfo, index: GatheredIds, shared: Keys, own: Cache
     ) -> BlockResult:
         assert isinstance(block, AbstractKeyedBlock)
-        return block.extend_queries(slots, info, index, keys, own, key=key)
+        return block.extend_queries(slots, info, index, shared, own, key=key)
 
-    if shared is None:
-        weighed = slot_info.with_weight(routing.weight[..., 0, :])
-        run: Callable[..., BlockResult] = run_alone
-        inputs: tuple[Any, ...] = (slots, weighed, own)
-    else:
-        token = jnp.minimum(routing.index[..., 0, :], routing.num_tokens - 1)
-        rank = jnp.take_along_axis(shared.rank, token, axis=-1)
-        count = shared.keys.info.positions.shape[-1]
-        index = jnp.where(routing.filled[..., 0, :], rank, count)
-        run, inputs = run_queries, (slots, slot_info, index, shared.keys, own)
-    update, _, entries = run_rows(run, inputs, routing, capacity)
-    hidden = combine(update[None], routing, onto=x)
-    return hidden, Cache.of_tokens(entries, slot_info, own.max_tokens)
+    news: tuple[Cache, ...] = ()
+    shared, rank = None, None  # the keys of the first round, and where each token stands among them
+    for number, own in enumerate(caches.own):
+        routing = route(number, x)
+        slots, slot_info = gather_slots(x, info, routing)
+        if number == 0 and caches.shared is not None:
+            assert isinstance(block, AbstractKeyedBlock)
+            shared = Keys(caches.shared, block.keys(slots, slot_info), slot_info)
+            rank = jnp.cumsum(routing.selected[..., 0], axis=-1, dtype=jnp.int32) - 1
+            news += (Cache.of_tokens(shared.entries, slot_info, caches.shared.max_tokens),)
+        if shared is None:
+            weighed = slot_info.with_weight(routing.weight[..., 0, :])
+            run: Callable[..., BlockResult] = run_alone
+            inputs: tuple[Any, ...] = (slots, weighed, own)
+        else:
+            assert rank is not None
+            token = jnp.minimum(routing.index[..., 0, :], routing.num_tokens - 1)
+            count = shared.info.positions.shape[-1]
+            index = jnp.where(
+                routing.filled[..., 0, :], jnp.take_along_axis(rank, token, axis=-1), count
+            )
+            run, inputs = run_queries, (slots, slot_info, index, shared, own)
+        run = partial(run, keys[number])
+        update, _, entries = run_rows(run, inputs, routing, capacities[number])
+        x = combine(update[None], routing, onto=x)
+        news += (Cache.of_tokens(entries, slot_info, own.max_tokens),)
+    return x, news
 
 
 def check_round_block(layer: str, block: Block, share_keys: bool = False) -> None:
@@ -107,11 +112,8 @@ def check_round_block(layer: str, block: Block, share_keys: bool = False) -> Non
             f"`block` of `{layer}` must have no router of its own, which would make several "
             f"routings in one call, got {type(block).__name__} with {len(routers(block))}."
         )
-    if share_keys and not (isinstance(block, AbstractKeyedBlock) and block.is_keyed):
-        raise ValueError(
-            f"`block` of `{layer}` with `share_keys` must have keys of its own, as "
-            f"`TransformerBlock` does, got {type(block).__name__}."
-        )
+    if share_keys:
+        check_keyed_block(f"`{layer}` with `share_keys`", block, "leave `share_keys` out")
 
 
 def split_keys(key: Key, count: int) -> tuple[Sequence[Key], Sequence[Key]]:

@@ -14,13 +14,7 @@ from .._types import Hidden, Key
 from ..routing import AbstractGate, Router, Routing, SigmoidGate, TokenChoice
 from ._cache import Cache
 from ._contracts import AbstractLayer, Block, Caches, LayerResult, check_block
-from ._rounds import (
-    check_round_block,
-    open_caches,
-    run_round,
-    share_keys as make_shared_keys,
-    split_keys,
-)
+from ._rounds import check_round_block, open_caches, run_rounds, split_keys
 
 
 class TokenChoiceRecursion(AbstractLayer):
@@ -97,18 +91,16 @@ class TokenChoiceRecursion(AbstractLayer):
             caches = open_caches(cache, x.shape[-2], self._slots, self.share_keys)
             used = _used_by_depth(caches.own)
             routing = self.router(x, info, slots=caches.slots[-1], used=used, key=router_keys[0])
-            news: tuple[Cache, ...] = ()
-            shared = None
-            for number, own in enumerate(caches.own):
-                deeper = _at_least(routing, number)
-                if number == 0 and caches.shared is not None:
-                    shared = make_shared_keys(self.block, x, info, deeper, caches.shared)
-                    news += (shared.new,)
-                capacity = min(Fraction(1), self.router.capacity * (repeats - number))
-                x, new = run_round(
-                    self.block, x, info, deeper, own, shared, capacity, block_keys[number]
-                )
-                news += (new,)
+            capacities = [
+                min(Fraction(1), self.router.capacity * (repeats - number))
+                for number in range(repeats)
+            ]
+
+            def route(number: int, x: Hidden) -> Routing:
+                del x  # every depth was chosen at the start
+                return _at_least(routing, number)
+
+            x, news = run_rounds(self.block, x, info, caches, route, capacities, block_keys)
             return x, (routing,), news
 
     def _slots(self, num_tokens: int) -> list[int]:
