@@ -1,6 +1,6 @@
-from . import aot as aot, testing as testing
+from . import aot as aot, pretrained as pretrained, testing as testing
 from ._capacity import Capacity as Capacity, token_capacity as token_capacity
-from ._linear import Linear as Linear, RMSNorm as RMSNorm
+from ._linear import LayerNorm as LayerNorm, Linear as Linear, RMSNorm as RMSNorm
 from ._token_info import TokenInfo as TokenInfo
 from .decoding import (
     DecodeState as DecodeState,
@@ -18,21 +18,26 @@ from .models import (
     LayerStack as LayerStack,
     Transformer as Transformer,
     interleave as interleave,
+    list_layers as list_layers,
     mod_transformer as mod_transformer,
     stack_layers as stack_layers,
     unstack_layers as unstack_layers,
+    with_layers as with_layers,
 )
 from .nn import (
     AbstractAttentionFunction as AbstractAttentionFunction,
     AbstractBlock as AbstractBlock,
     AbstractKeyedBlock as AbstractKeyedBlock,
     AbstractLayer as AbstractLayer,
+    AbstractRopeScaling as AbstractRopeScaling,
     Attention as Attention,
     Cache as Cache,
     CausalAttention as CausalAttention,
     Delta as Delta,
     GELUFeedForward as GELUFeedForward,
     Keys as Keys,
+    LinearRopeScaling as LinearRopeScaling,
+    Llama3RopeScaling as Llama3RopeScaling,
     Loop as Loop,
     MixtureOfDepths as MixtureOfDepths,
     MixtureOfExperts as MixtureOfExperts,
@@ -83,6 +88,7 @@ from .routing import (
     SelectionAccuracy as SelectionAccuracy,
     SigmoidGate as SigmoidGate,
     SoftmaxGate as SoftmaxGate,
+    StraightThroughGate as StraightThroughGate,
     Strided as Strided,
     TanhGate as TanhGate,
     TokenChoice as TokenChoice,

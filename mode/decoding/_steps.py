@@ -54,6 +54,7 @@ def prefill(
     """
     check_model(model)
     max_tokens = check_count("max_tokens", max_tokens, 1)
+    model.check_length("max_tokens", max_tokens)
     tokens, lengths = check_prompt("tokens", model, tokens, lengths)
     longest = tokens.shape[1]
     if longest > max_tokens:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_array, check_count, is_known
 from .._dtypes import float32_or_wider
-from .._linear import Linear, RMSNorm, project
+from .._linear import Linear, MakeNorm, Norm, RMSNorm, project
 from .._token_info import TokenInfo, resolve_info
 from .._types import Hidden, Ids, Key, TokenMask
 from ..nn import Cache, Caches, Routings
@@ -34,6 +34,11 @@ class Transformer(eqx.Module):
     - `stacks`: instead of period and repeats, a list of both from bottom to top: a schedule, such
         as the one that `interleave` returns.
     - `tied`: whether the embedding is the output projection too.
+    - `embedding_scale`: multiplies embeddings on the way in; by default `dim ** 0.5`, with which
+        they and tied logits start with unit variance.
+    - `max_positions`: number of learned position embeddings, which are added to those of the
+        tokens; `None` for none.
+    - `make_norm`: builds the last norm from `dim`, such as `LayerNorm`.
     - `dtype`: of the activations, such as `jnp.bfloat16`.
     - `remat`: recompute activations in the backward pass, one period of layers at a time.
 
@@ -48,9 +53,11 @@ class Transformer(eqx.Module):
     """
 
     stacks: tuple[LayerStack, ...]
-    norm: RMSNorm
+    norm: Norm
     dtype: jnp.dtype = eqx.field(static=True)
+    embedding_scale: float = eqx.field(static=True)
     embedding: Float[Array, "vocab dim"] = role_field("embedding")
+    position_embedding: Float[Array, "max_positions dim"] | None = role_field("embedding")
     head: Linear | None = role_field("head")
 
     def __init__(
@@ -62,6 +69,9 @@ class Transformer(eqx.Module):
         *,
         stacks: Sequence[tuple[Period, int]] | None = None,
         tied: bool = True,
+        embedding_scale: float | None = None,
+        max_positions: int | None = None,
+        make_norm: MakeNorm = RMSNorm,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         key: PRNGKeyArray,
@@ -70,13 +80,18 @@ class Transformer(eqx.Module):
         check_count("dim", dim, 1)
         schedule = _schedule(period, repeats, stacks)
         embedding_key, head_key, *stack_keys = jax.random.split(key, 2 + len(schedule))
-        # Scaled up by sqrt(dim) on the way in, so that tied logits start with unit variance.
+        self.embedding_scale = dim**0.5 if embedding_scale is None else embedding_scale
         self.embedding = dim**-0.5 * jax.random.normal(embedding_key, (vocab, dim), jnp.float32)
         self.stacks = tuple(
             stack_layers(layers, times, remat=remat, key=stack_key)
             for (layers, times), stack_key in zip(schedule, stack_keys, strict=True)
         )
-        self.norm = RMSNorm(dim)
+        self.position_embedding = None
+        if max_positions is not None:
+            shape = (check_count("max_positions", max_positions, 1), dim)
+            position_key = jax.random.fold_in(embedding_key, 1)
+            self.position_embedding = 0.02 * jax.random.normal(position_key, shape, jnp.float32)
+        self.norm = make_norm(dim)
         self.head = None if tied else Linear(dim, vocab, key=head_key)
         self.dtype = jnp.dtype(dtype)
 
@@ -96,9 +111,9 @@ class Transformer(eqx.Module):
         - `info`: positions and segments; plain sequences where it is left out.
         - `key`: for selectors and blocks that draw random numbers.
 
-        **Raises:** `ValueError` for another id. Inside a compiled program, which cannot raise, the
-        logits at its position are NaN, and those of the whole sequence once a block that attends
-        has computed it.
+        **Raises:** `ValueError` for another id, or a position beyond the learned ones. Inside a
+        compiled program, which cannot raise, the logits at its position are NaN, and those of the
+        whole sequence once a block that attends has computed it.
         """
         check_array("tokens", tokens)
         if tokens.ndim < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -108,6 +123,9 @@ class Transformer(eqx.Module):
             )
         info = resolve_info(tokens[..., None], info)
         self.check_ids("tokens", tokens, info.valid)
+        if is_known(info.positions) and is_known(info.valid):
+            last = int(np.max(np.asarray(info.positions), where=np.asarray(info.valid), initial=0))
+            self.check_length("info", last + 1)
         caches = (Cache.empty(),) * len(self.stacks)
         hidden, routings, _ = self.extend(tokens, info, caches, key=key)
         return self.unembed(hidden), routings
@@ -121,7 +139,7 @@ class Transformer(eqx.Module):
         tokens alone.
         """
         # Any id may stand in the padding.
-        x = self.embed(jnp.where(info.valid, tokens, 0))
+        x = self.embed(jnp.where(info.valid, tokens, 0), info)
         keys = None if key is None else jax.random.split(key, len(self.stacks))
         return run_layers(self.stacks, x, info, caches, keys)
 
@@ -136,15 +154,21 @@ class Transformer(eqx.Module):
                 f"{ids.min()} to {ids.max()}."
             )
 
-    def embed(self, tokens: Ids) -> Hidden:
+    def check_length(self, name: str, tokens: int) -> None:
+        """Refuses sequences of more tokens than there are learned positions."""
+        learned = self.position_embedding
+        if learned is not None and tokens > learned.shape[0]:
+            raise ValueError(
+                f"`{name}` must have at most max_positions={learned.shape[0]} tokens in a "
+                f"sequence, the learned positions of the model, got {tokens}."
+            )
+
+    def embed(self, tokens: Ids, info: TokenInfo) -> Hidden:
         """Maps token ids to hidden states, as the first layer takes them."""
-        # NaN for an id that does not exist: clamping it, as indexing does, would go unnoticed.
-        rows = (
-            all_gather_parameters(self.embedding)
-            .at[tokens]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
-        return shard_batch(rows.astype(self.dtype) * self.embedding.shape[-1] ** 0.5)
+        x = _rows(self.embedding, tokens).astype(self.dtype) * self.embedding_scale
+        if self.position_embedding is not None:
+            x += _rows(self.position_embedding, info.positions).astype(self.dtype)
+        return shard_batch(x)
 
     def unembed(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes vocab"]:
         """Maps hidden states, as the last layer returns them, to logits in float32 or wider."""
@@ -155,20 +179,10 @@ class Transformer(eqx.Module):
             return shard_batch(logits.astype(float32_or_wider(x.dtype)))
 
 
-def unstack_layers(model: Transformer) -> Transformer:
-    """Returns the same model with every repeat in a stack of its own: the form that decodes fast.
-
-    A scan slices each layer's parameters and caches out of the stacked ones, which at one token per
-    step costs more than the layer. Compiling takes longer in proportion to the depth.
-    """
-
-    def one(stack: LayerStack, repeat: int) -> LayerStack:
-        arrays, rest = eqx.partition(stack.layers, eqx.is_array)
-        arrays = jax.tree.map(lambda leaf: leaf[repeat : repeat + 1], arrays)
-        return LayerStack(1, eqx.combine(arrays, rest), stack.remat)
-
-    stacks = tuple(one(stack, repeat) for stack in model.stacks for repeat in range(stack.repeats))
-    return eqx.tree_at(lambda m: m.stacks, model, stacks)
+def _rows(table: Float[Array, "rows dim"], index: Ids) -> Hidden:
+    # NaN for an index that does not exist: clamping it, as indexing does, would go unnoticed.
+    rows = all_gather_parameters(table).at[index]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _schedule(

@@ -1,7 +1,7 @@
 """Blocks and layers: attention, feed-forwards, Mixture-of-Depths, Mixture-of-Experts and MoDE."""
 
 from ._adapters import Delta as Delta, PositionWise as PositionWise, PreNorm as PreNorm
-from ._attention import Attention as Attention, rope as rope
+from ._attention import Attention as Attention
 from ._attention_function import (
     AbstractAttentionFunction as AbstractAttentionFunction,
     CausalAttention as CausalAttention,
@@ -40,6 +40,12 @@ from ._mode import (
     staged_mode_layer as staged_mode_layer,
 )
 from ._recursion import Recursion as Recursion
+from ._rope import (
+    AbstractRopeScaling as AbstractRopeScaling,
+    LinearRopeScaling as LinearRopeScaling,
+    Llama3RopeScaling as Llama3RopeScaling,
+    rope as rope,
+)
 from ._routed_layer import AbstractRoutedLayer as AbstractRoutedLayer
 from ._token_choice_recursion import TokenChoiceRecursion as TokenChoiceRecursion
 from ._transformer_block import TransformerBlock as TransformerBlock

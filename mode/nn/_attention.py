@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import can_be_called, check_count, check_hidden, is_finite, type_name
-from .._dtypes import float32_or_wider
-from .._linear import Linear, project
+from .._linear import Linear, MakeNorm, Norm, along_last, project
 from .._token_info import TokenInfo
-from .._types import Gathered, GatheredIds, Hidden, Ids, Key, Keys as KeyHeads, Queries, QueryIndex
+from .._types import Gathered, GatheredIds, Hidden, Key, Keys as KeyHeads, Queries, QueryIndex
 from ..parallel import role_field
 from ._attention_function import AbstractAttentionFunction, Attend, CausalAttention
 from ._cache import Cache
 from ._contracts import AbstractKeyedBlock, BlockResult, Keys
+from ._rope import AbstractRopeScaling, rope
 
 
 _HiddenRows = Float[Array, "batch tokens dim"]
@@ -29,10 +29,15 @@ class Attention(AbstractKeyedBlock):
 
     **Arguments:**
 
-    - `dim`: features of the hidden states; a multiple of `num_heads`.
+    - `dim`: features of the hidden states; a multiple of `num_heads` unless `head_dim` is given.
     - `num_heads`: query heads; a multiple of `num_kv_heads`.
     - `num_kv_heads`: key-value heads; by default `num_heads`.
+    - `head_dim`: features of a head, even; by default `dim // num_heads`.
+    - `qkv_bias`, `out_bias`: whether the projections have biases.
+    - `head_norm`: builds norms of `head_dim` features for queries and keys, before they are
+        turned, such as `RMSNorm`; `None` for none.
     - `rope_theta`: base of the rotary wavelengths; `None` turns nothing.
+    - `rope_scaling`: changes these wavelengths.
     - `attend`: an `AbstractAttentionFunction`, such as `CausalAttention(window=1024)`, or, for
         training alone, a function `(q, k, v, info) -> mixed`.
 
@@ -51,7 +56,11 @@ class Attention(AbstractKeyedBlock):
     attend: Attend
     num_heads: int = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
     rope_theta: float | None = eqx.field(static=True)
+    rope_scaling: AbstractRopeScaling | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     qkv: Linear = role_field("attention")
     out: Linear = role_field("attention")
 
@@ -61,7 +70,12 @@ class Attention(AbstractKeyedBlock):
         num_heads: int,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        head_norm: MakeNorm | None = None,
         rope_theta: float | None = 10_000.0,
+        rope_scaling: AbstractRopeScaling | None = None,
         attend: Attend = CausalAttention(),
         key: PRNGKeyArray,
     ):
@@ -69,7 +83,13 @@ class Attention(AbstractKeyedBlock):
         check_count("dim", dim, 1)
         check_count("num_heads", num_heads, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
-        if dim % num_heads or (dim // num_heads) % 2:
+        if head_dim is not None:
+            if check_count("head_dim", head_dim, 1) % 2:
+                raise ValueError(
+                    "`head_dim` must be even, as rotary embeddings turn pairs, got "
+                    f"head_dim={head_dim}."
+                )
+        elif dim % num_heads or (dim // num_heads) % 2:
             raise ValueError(
                 "`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, "
                 f"got dim={dim} and num_heads={num_heads}. The next that fits is "
@@ -90,14 +110,18 @@ class Attention(AbstractKeyedBlock):
                 f"{type_name(attend)}."
             )
         qkv_key, out_key = jax.random.split(key)
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
         # Queries, keys and values in one product: a tenth faster than three small ones.
-        qkv_dim = (num_heads + 2 * num_kv_heads) * (dim // num_heads)
-        self.qkv = Linear(dim, qkv_dim, key=qkv_key)
-        self.out = Linear(dim, dim, key=out_key)
+        qkv_dim = (num_heads + 2 * num_kv_heads) * self.head_dim
+        self.qkv = Linear(dim, qkv_dim, use_bias=qkv_bias, key=qkv_key)
+        self.out = Linear(num_heads * self.head_dim, dim, use_bias=out_bias, key=out_key)
+        self.query_norm = None if head_norm is None else head_norm(self.head_dim)
+        self.key_norm = None if head_norm is None else head_norm(self.head_dim)
         self.attend = attend
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
 
     def extend(self, x: Hidden, info: TokenInfo, cache: Cache, *, key: Key = None) -> BlockResult:
         """Attends from new tokens. See `AbstractBlock`; no routings. The entries are keys and
@@ -108,11 +132,11 @@ class Attention(AbstractKeyedBlock):
             rows, row_info = _to_rows(x, info)
             heads = self._heads(rows, slice(None))
             turned, v = jnp.split(heads, [self.num_heads + self.num_kv_heads], axis=-2)
-            q, k = jnp.split(self._turn(turned, row_info), [self.num_heads], axis=-2)
+            turned = self._turn(turned, row_info, self.num_heads)
+            q, k = jnp.split(turned, [self.num_heads], axis=-2)
             v = _weigh(v, row_info)
             mixed = self._attend(q, k, v, row_info, cache)
-            entries = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-            return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), entries
+            return self._out(mixed, x), (), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def keys(self, x: Hidden, info: TokenInfo) -> PyTree:
         """Returns the entries of `extend`: keys and values. See `AbstractKeyedBlock`."""
@@ -121,7 +145,7 @@ class Attention(AbstractKeyedBlock):
             rows, row_info = _to_rows(x, info)
             heads = self._heads(rows, slice(self.num_heads, None))
             k, v = jnp.split(heads, [self.num_kv_heads], axis=-2)
-            k, v = self._turn(k, row_info), _weigh(v, row_info)
+            k, v = self._turn(k, row_info, 0), _weigh(v, row_info)
             return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def extend_queries(
@@ -138,21 +162,34 @@ class Attention(AbstractKeyedBlock):
         del cache, key
         with jax.named_scope("mode.Attention"):
             rows, row_info = _to_rows(x, info)
-            q = self._turn(self._heads(rows, slice(self.num_heads)), row_info)
+            q = self._heads(rows, slice(self.num_heads))
+            q = self._turn(q, row_info, self.num_heads)
             k, v = (entry.swapaxes(1, 2) for entry in keys.entries)
             row_index = index.reshape(rows.shape[:-1])
             mixed = self._attend(q, k, v, _info_rows(keys.info), keys.cache, row_index)
-            return self.out(mixed.reshape(rows.shape)).reshape(x.shape), (), ()
+            return self._out(mixed, x), (), ()
 
     def _heads(self, rows: _HiddenRows, some: slice) -> Float[Array, "batch tokens heads head_dim"]:
         """Projects to some of the heads, of which the queries' come first, then the keys'."""
-        dim = rows.shape[-1]
-        size = dim // self.num_heads
+        dim, size = rows.shape[-1], self.head_dim
         weight = self.qkv.weight.reshape(dim, -1, size)[:, some].reshape(dim, -1)
-        return project(rows, weight).reshape(*rows.shape[:-1], -1, size)
+        product = project(rows, weight)
+        if self.qkv.bias is not None:
+            bias = self.qkv.bias.reshape(-1, size)[some].reshape(-1)
+            product = product + along_last(bias, product)
+        return product.reshape(*rows.shape[:-1], -1, size)
 
-    def _turn(self, heads: Queries, info: TokenInfo) -> Queries:
-        return heads if self.rope_theta is None else rope(heads, info.positions, self.rope_theta)
+    def _out(self, mixed: Queries, like: Hidden) -> Hidden:
+        return self.out(mixed.reshape(*mixed.shape[:-2], -1)).reshape(like.shape)
+
+    def _turn(self, heads: Queries, info: TokenInfo, num_queries: int) -> Queries:
+        """Norms and turns heads: queries, so many, then keys."""
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = jnp.split(heads, [num_queries], axis=-2)
+            heads = jnp.concatenate([self.query_norm(q), self.key_norm(k)], axis=-2)
+        if self.rope_theta is None:
+            return heads
+        return rope(heads, info.positions, self.rope_theta, self.rope_scaling)
 
     def _attend(
         self,
@@ -202,34 +239,3 @@ def _weigh(v: KeyHeads, info: TokenInfo) -> KeyHeads:
         return v
     weight = info.weight[..., None, None]
     return (weight * v.astype(weight.dtype)).astype(v.dtype)
-
-
-def rope(
-    x: Float[Array, "*groups tokens heads head_dim"], positions: Ids, theta: float = 10_000.0
-) -> Float[Array, "*groups tokens heads head_dim"]:
-    """Rotates each pair `(x[i], x[i + head_dim / 2])` by `positions * theta ** (-2 i / head_dim)`.
-
-    **Arguments:**
-
-    - `x`: queries or keys, `[*groups, tokens, heads, head_dim]`, `head_dim` even.
-    - `positions`: `[*groups, tokens]`, original positions: a token that was gathered keeps its own.
-    - `theta`: base of the wavelengths.
-
-    **Returns:** an array of the shape and dtype of `x`.
-
-    >>> import jax.numpy as jnp, mode
-    >>> mode.rope(jnp.ones((1, 1, 2)), jnp.array([0])).tolist()  # position 0 turns nothing
-    [[[1.0, 1.0]]]
-
-    *Source:* arXiv:2104.09864, section 3.4.2, equation 34, in the split-halves layout.
-    """
-    half = x.shape[-1] // 2
-    wide = float32_or_wider(x.dtype)
-    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = positions[..., None, None].astype(wide) * jnp.expand_dims(frequency, range(x.ndim - 1))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # One sweep with a roll: joining two rotated halves takes three times as long on CPU.
-    cos = jnp.concatenate([cos, cos], axis=-1)
-    sin = jnp.concatenate([-sin, sin], axis=-1)
-    x_wide = x.astype(wide)
-    return (x_wide * cos + jnp.roll(x_wide, half, axis=-1) * sin).astype(x.dtype)

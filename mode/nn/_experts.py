@@ -27,18 +27,21 @@ class SwiGLUFeedForward(eqx.Module):
     - `dim`: features in and out.
     - `hidden`: features inside; by default 8/3 of `dim`, which has the parameters and the FLOPs of
         a `GELUFeedForward` four times as wide as `dim`.
+    - `use_bias`: whether each map has a bias.
     """
 
     gate: Linear
     up: Linear
     down: Linear
 
-    def __init__(self, dim: int, hidden: int | None = None, *, key: PRNGKeyArray):
+    def __init__(
+        self, dim: int, hidden: int | None = None, *, use_bias: bool = False, key: PRNGKeyArray
+    ):
         hidden = 8 * dim // 3 if hidden is None else hidden
         gate_key, up_key, down_key = jax.random.split(key, 3)
-        self.gate = Linear(dim, hidden, key=gate_key)
-        self.up = Linear(dim, hidden, key=up_key)
-        self.down = Linear(hidden, dim, key=down_key)
+        self.gate = Linear(dim, hidden, use_bias=use_bias, key=gate_key)
+        self.up = Linear(dim, hidden, use_bias=use_bias, key=up_key)
+        self.down = Linear(hidden, dim, use_bias=use_bias, key=down_key)
 
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
         with jax.named_scope("mode.SwiGLUFeedForward"):
@@ -52,16 +55,19 @@ class GELUFeedForward(eqx.Module):
 
     - `dim`: features in and out.
     - `hidden`: features inside; by default 4 times `dim`.
+    - `use_bias`: whether both maps have a bias.
     """
 
     up: Linear
     down: Linear
 
-    def __init__(self, dim: int, hidden: int | None = None, *, key: PRNGKeyArray):
+    def __init__(
+        self, dim: int, hidden: int | None = None, *, use_bias: bool = False, key: PRNGKeyArray
+    ):
         hidden = 4 * dim if hidden is None else hidden
         up_key, down_key = jax.random.split(key)
-        self.up = Linear(dim, hidden, key=up_key)
-        self.down = Linear(hidden, dim, key=down_key)
+        self.up = Linear(dim, hidden, use_bias=use_bias, key=up_key)
+        self.down = Linear(hidden, dim, use_bias=use_bias, key=down_key)
 
     def __call__(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes dim"]:
         with jax.named_scope("mode.GELUFeedForward"):

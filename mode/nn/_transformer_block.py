@@ -4,7 +4,7 @@ import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_hidden
-from .._linear import RMSNorm
+from .._linear import MakeNorm, Norm, RMSNorm
 from .._token_info import TokenInfo
 from .._types import Gathered, GatheredIds, Hidden, Key
 from ..parallel import role_field
@@ -27,10 +27,13 @@ class TransformerBlock(AbstractKeyedBlock):
 
     - `dim`: features of the hidden states; a multiple of `num_heads`.
     - `num_heads`, `num_kv_heads`, `rope_theta`, `attend`: of `Attention`.
+    - `attention`: an `Attention` with other options, instead of those.
     - `feedforward`: any block, such as `PositionWise(GELUFeedForward(dim, key=key))` or a
         `MixtureOfExperts`; by default `PositionWise(SwiGLUFeedForward(dim, key=key))`.
+    - `make_norm`: builds both norms from `dim`, such as `LayerNorm`.
 
-    **Raises:** `ValueError` for sizes that do not divide, or a feed-forward that is no block.
+    **Raises:** `ValueError` for sizes that do not divide, a feed-forward that is no block, or not
+    exactly one of `num_heads` and `attention`.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> block = mode.TransformerBlock(32, num_heads=4, num_kv_heads=2, key=jax.random.key(0))
@@ -39,33 +42,40 @@ class TransformerBlock(AbstractKeyedBlock):
     ((4, 64, 32), ())
     """
 
-    attention_norm: RMSNorm
+    attention_norm: Norm
     attention: Attention
-    feedforward_norm: RMSNorm
+    feedforward_norm: Norm
     feedforward: Block = role_field("feedforward")
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        num_heads: int | None = None,
         *,
         num_kv_heads: int | None = None,
-        feedforward: Block | None = None,
         rope_theta: float | None = 10_000.0,
         attend: Attend = CausalAttention(),
+        attention: Attention | None = None,
+        feedforward: Block | None = None,
+        make_norm: MakeNorm = RMSNorm,
         key: PRNGKeyArray,
     ):
         attention_key, feedforward_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(dim)
-        self.attention = Attention(
+        if (num_heads is None) == (attention is None):
+            raise ValueError(
+                "give exactly one of `num_heads` and `attention`, got "
+                f"{'neither' if num_heads is None else 'both'}."
+            )
+        self.attention_norm = make_norm(dim)
+        self.attention = attention or Attention(
             dim,
-            num_heads,
+            num_heads or 1,
             num_kv_heads=num_kv_heads,
             rope_theta=rope_theta,
             attend=attend,
             key=attention_key,
         )
-        self.feedforward_norm = RMSNorm(dim)
+        self.feedforward_norm = make_norm(dim)
         if feedforward is None:
             feedforward = PositionWise(SwiGLUFeedForward(dim, key=feedforward_key))
         check_block("feedforward", feedforward)

@@ -15,6 +15,7 @@ from ._gates import (
     SelectedSoftmaxGate as SelectedSoftmaxGate,
     SigmoidGate as SigmoidGate,
     SoftmaxGate as SoftmaxGate,
+    StraightThroughGate as StraightThroughGate,
     TanhGate as TanhGate,
 )
 from ._losses import (

@@ -96,6 +96,22 @@ class TanhGate(_LogitGate):
         return self.scale * jnp.tanh(logits[..., : selected.shape[-1]])
 
 
+class StraightThroughGate(_LogitGate):
+    """Experts that selected a token weigh the same, together 1; the gradient is a sigmoid's.
+
+    So a trained block that gets a router is the same function for the tokens that it selects. The
+    backward pass takes the weight for the sigmoid of the logit: a token whose update helps gets a
+    larger logit.
+
+    *Source:* arXiv:1308.3432, section 3, for the estimator.
+    """
+
+    def __call__(self, logits: Logits, selected: ExpertMask) -> ExpertLogits:
+        count = jnp.maximum(jnp.sum(selected, axis=-1, keepdims=True), 1)
+        soft = jax.nn.sigmoid(logits[..., : selected.shape[-1]])
+        return 1 / count.astype(logits.dtype) + (soft - jax.lax.stop_gradient(soft))
+
+
 class _ProbabilityGate(AbstractGate):
     """A gate of a softmax: the score is the log-softmax, exact for confident tokens.
 
