@@ -1,0 +1,197 @@
+"""Load a pretrained model, and save one for other libraries."""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from .._dtypes import is_shaped
+from ..models import Transformer
+from ..parallel import PARAMETER_RULES, Rules, named_shardings
+from ._config import Config, build, config_of
+from ._folder import INDEX, SINGLE, new_folder, read_folder
+from ._gguf import read_gguf
+from ._json_config import from_json, to_json
+from ._names import GPT2, LLAMA, Names
+from ._sources import Tensor, check_sources, find_sources, read_array, write_tensors
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    parameter_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules = PARAMETER_RULES,
+    ignored: Collection[str] = (),
+) -> Transformer:
+    """Loads a pretrained model: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 or GPT-2.
+
+    Every tensor of the file is used and every array of the model filled. Layers of one structure
+    are stacked under one scan; `unstack_layers` gives the form that decodes fast.
+
+    **Arguments:**
+
+    - `path`: a folder with `config.json` and safetensors files, or a GGUF file.
+    - `dtype`, `remat`: of `Transformer`.
+    - `parameter_dtype`: of the parameters, whatever the file has.
+    - `mesh`, `rules`: of `named_shardings`: each process reads the parts of its own devices alone,
+        so that a model larger than one host can be loaded.
+    - `ignored`: keys of `config.json` that do not change the function of the model.
+
+    **Returns:** a `Transformer`, dense; `convert` routes it.
+
+    **Raises:** `ValueError`, before anything is loaded, for a path without a model, files that are
+    missing, cut off or pickled, a configuration that needs what this library lacks, and tensors
+    that are missing, left over, or of another shape than the configuration says.
+
+    >>> import mode
+    >>> model = mode.pretrained.load("SmolLM2-135M.gguf")  # doctest: +SKIP
+    """
+    config, tensors, names = _open(Path(path).expanduser(), ignored)
+    model = eqx.filter_eval_shape(build, config, dtype, remat, jax.random.key(0))
+    sources = find_sources(model, config, names)
+    check_sources(sources, tensors, names)
+    arrays, rest = eqx.partition(model, is_shaped)
+    leaves, structure = jax.tree.flatten(arrays)
+    if mesh is None:
+        one = SingleDeviceSharding(jax.local_devices()[0])
+        shardings: list[Any] = [one] * len(leaves)
+    else:
+        shardings = jax.tree.leaves(named_shardings(arrays, mesh, rules))
+    parameter_dtype = jnp.dtype(parameter_dtype)
+
+    def read(source: Any, sharding: Any) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return read_array(source, tensors, parameter_dtype, index)
+
+        return jax.make_array_from_callback(source.shape, sharding, part)
+
+    loaded = [read(source, sharding) for source, sharding in zip(sources, shardings, strict=True)]
+    return eqx.combine(jax.tree.unflatten(structure, loaded), rest)
+
+
+def load_shapes(path: str | Path, *, ignored: Collection[str] = ()) -> Transformer:
+    """Returns the model at `path` with shapes instead of numbers, for `mode.aot` and `count_flops`.
+
+    **Raises:** `ValueError` as `load`.
+    """
+    config, tensors, names = _open(Path(path).expanduser(), ignored)
+    model = eqx.filter_eval_shape(build, config, jnp.float32, False, jax.random.key(0))
+    check_sources(find_sources(model, config, names), tensors, names)
+    return model
+
+
+def _open(path: Path, ignored: Collection[str]) -> tuple[Config, Mapping[str, Tensor], Names]:
+    if path.is_dir():
+        return read_folder(path, ignored)
+    if not path.is_file():
+        raise ValueError(f"`path` must be a folder or a GGUF file, got {path}, which is neither.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(
+                f"`path` must be a GGUF file or the folder with `config.json`, got {path}."
+            )
+    return read_gguf(path)
+
+
+def save(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 4 * 1024**3,
+) -> None:
+    """Saves a dense model as `config.json` and safetensors files, which `transformers` loads.
+
+    **Arguments:**
+
+    - `model`: a model of a family that `load` knows.
+    - `folder`: a new folder. It appears once everything is written.
+    - `tokenizer`: a `tokenizers.Tokenizer`, saved as `tokenizer.json`.
+    - `max_shard_bytes`: about the size of the largest file.
+
+    **Raises:** `ValueError` for a model that no family has, such as a routed one, and for a folder
+    with files in it.
+    """
+    from safetensors.numpy import save_file
+
+    config = _known_config(model)
+    sources = find_sources(model, config, GPT2 if config.family == "gpt2" else LLAMA)
+    values = {**to_json(config), "torch_dtype": str(model.embedding.dtype)}
+    with new_folder(Path(folder).expanduser()) as written:
+        shards: list[list[str]] = []
+        shard: dict[str, np.ndarray] = {}
+
+        def flush() -> None:
+            shards.append(list(shard))
+            save_file(shard, written / _part(len(shards)), metadata={"format": "pt"})
+            shard.clear()
+
+        for source, leaf in zip(
+            sources, jax.tree.leaves(eqx.filter(model, is_shaped)), strict=True
+        ):
+            for name, tensor in write_tensors(source, leaf).items():
+                if (
+                    shard
+                    and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes
+                ):
+                    flush()
+                shard[name] = tensor
+        flush()
+        _name_parts(written, shards)
+        (written / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(str(written / "tokenizer.json"))
+
+
+def _known_config(model: Transformer) -> Config:
+    """Returns the shape of a model, if a model loaded from a file of it would be the same."""
+    config = config_of(model)
+    like = eqx.filter_eval_shape(build, config, model.dtype, False, jax.random.key(0))
+    again = from_json(to_json(config))
+    differs = [
+        f"{field.name} {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(Config)
+        if getattr(config, field.name) != getattr(again, field.name)
+    ]
+    if model.embedding_scale != 1:
+        differs.append(f"embedding_scale {model.embedding_scale:g} instead of 1")
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(m) if is_shaped(leaf)] for m in (model, like)]
+    if not differs and sorted(shapes[0]) != sorted(shapes[1]):
+        differs.append("layers of different options")
+    if differs:
+        raise ValueError(
+            "`model` must be one that other libraries know, got one that is otherwise of the "
+            f"family {config.family} with {', '.join(differs)}. Save it by "
+            "`equinox.tree_serialise_leaves`."
+        )
+    return config
+
+
+def _part(number: int) -> str:
+    return f"part-{number}"
+
+
+def _name_parts(folder: Path, shards: list[list[str]]) -> None:
+    """Gives the files of tensors their names, which say how many there are."""
+    if len(shards) == 1:
+        (folder / _part(1)).rename(folder / SINGLE)
+        return
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for number, file in enumerate(files, 1):
+        (folder / _part(number)).rename(folder / file)
+    size = sum((folder / file).stat().st_size for file in files)
+    weights = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": size}, "weight_map": weights}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,163 @@
+"""Forms of a routed layer, each made of a trained block: the same function at capacity 1."""
+
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from .._capacity import Capacity, exact_fraction
+from ..nn import (
+    Block,
+    Expert,
+    Layer,
+    MixtureOfDepths,
+    MixtureOfExperts,
+    MixtureOfQueries,
+    PositionWise,
+    Residual,
+    Sequential,
+    TransformerBlock,
+)
+from ..routing import AbstractGate, AbstractSelector
+
+
+@dataclasses.dataclass(frozen=True)
+class FormOptions:
+    """What a form may need. `convert` says what each is."""
+
+    capacity: Capacity
+    select: AbstractSelector
+    gate: AbstractGate
+    num_experts: int
+    num_noop: int
+    expert_capacity: Capacity
+    redrawn: float
+
+
+Form = Callable[[TransformerBlock, FormOptions, PRNGKeyArray], Layer]
+
+
+def route_block(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """The whole block for some tokens."""
+    return _depths(block, block, options, key)
+
+
+def route_queries(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """The whole block for some tokens, with keys and values of all."""
+    return MixtureOfQueries(
+        block, _dim(block), options.capacity, select=options.select, gate=options.gate, key=key
+    )
+
+
+def route_attention(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Attention for some tokens, the feed-forward for all."""
+    attention, feedforward = block.split()
+    return Sequential([_depths(block, attention, options, key), Residual(feedforward)])
+
+
+def route_feedforward(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Attention for all tokens, the feed-forward for some."""
+    attention, feedforward = block.split()
+    return Sequential([Residual(attention), _depths(block, feedforward, options, key)])
+
+
+def route_both(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Attention for some tokens, the feed-forward for others."""
+    attention_key, feedforward_key = jax.random.split(key)
+    attention, feedforward = block.split()
+    return Sequential(
+        [
+            _depths(block, attention, options, attention_key),
+            _depths(block, feedforward, options, feedforward_key),
+        ]
+    )
+
+
+def upcycle(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Experts in place of the feed-forward. arXiv:2212.05055."""
+    return Residual(_upcycled(block, options, 0, key))
+
+
+def upcycle_staged(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Staged MoDE: the block for some tokens, experts inside it."""
+    expert_key, router_key = jax.random.split(key)
+    return _depths(block, _upcycled(block, options, 0, expert_key), options, router_key)
+
+
+def upcycle_integrated(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    """Integrated MoDE: experts and no-op experts in place of the feed-forward."""
+    return Residual(_upcycled(block, options, options.num_noop, key))
+
+
+FORMS: dict[str, Form] = {
+    "mod": route_block,
+    "mod-queries": route_queries,
+    "mod-attention": route_attention,
+    "mod-feedforward": route_feedforward,
+    "mod-both": route_both,
+    "moe": upcycle,
+    "mode-staged": upcycle_staged,
+    "mode-integrated": upcycle_integrated,
+}
+
+
+def _dim(block: TransformerBlock) -> int:
+    return block.attention_norm.weight.shape[0]
+
+
+def _depths(
+    block: TransformerBlock, routed: Block, options: FormOptions, key: PRNGKeyArray
+) -> MixtureOfDepths:
+    return MixtureOfDepths(
+        routed, _dim(block), options.capacity, select=options.select, gate=options.gate, key=key
+    )
+
+
+def _upcycled(
+    block: TransformerBlock, options: FormOptions, num_noop: int, key: PRNGKeyArray
+) -> TransformerBlock:
+    """Returns the block with copies of its feed-forward as experts, the gate's weights among those
+    that selected a token summing to 1."""
+    feedforward = block.feedforward
+    if not isinstance(feedforward, PositionWise):
+        raise ValueError(
+            "`layers` to make experts of must have a feed-forward of one token at a time, a "
+            f"`PositionWise`, got {type(feedforward).__name__}."
+        )
+    expert = feedforward.function
+
+    def make_expert(key: PRNGKeyArray) -> Expert:
+        return redraw(expert, options.redrawn, key)
+
+    experts = MixtureOfExperts(
+        make_expert,
+        _dim(block),
+        options.num_experts,
+        num_noop=num_noop,
+        capacity_factor=options.num_experts * exact_fraction("capacity", options.expert_capacity),
+        select=options.select,
+        gate=options.gate,
+        key=key,
+    )
+    return eqx.tree_at(lambda b: b.feedforward, block, experts)
+
+
+def redraw(expert: Expert, fraction: float, key: PRNGKeyArray) -> Expert:
+    """Draws a fraction of the features inside a feed-forward anew, with the mean and the deviation
+    of each matrix. arXiv:2502.19261, section 3.1."""
+    maps = {name: getattr(expert, name) for name in ("gate", "up", "down") if hasattr(expert, name)}
+    if fraction == 0 or "down" not in maps:
+        return expert
+    hidden = maps["down"].weight.shape[0]
+    choice_key, *keys = jax.random.split(key, 1 + len(maps))
+    chosen = jax.random.permutation(choice_key, hidden) < round(fraction * hidden)
+    for (name, linear), own_key in zip(maps.items(), keys, strict=True):
+        weight = linear.weight
+        drawn = jnp.mean(weight) + jnp.std(weight) * jax.random.normal(own_key, weight.shape)
+        where = chosen[:, None] if name == "down" else chosen[None]
+        new = jnp.where(where, drawn.astype(weight.dtype), weight)
+        expert = eqx.tree_at(lambda e, name=name: getattr(e, name).weight, expert, new)
+    return expert
