@@ -27,6 +27,8 @@ _COMMANDS = {
     "analyze": ("commands:Analysis", "analyze:run_analysis"),
     "isoflop": ("commands:Isoflop", "evidence.commands:run_isoflop"),
     "claims": ("commands:Claims", "evidence.commands:run_claims"),
+    "convert": ("healing.options:Converting", "healing.command:run_converting"),
+    "heal": ("healing.options:Healing", "healing.command:run_healing"),
     "plan": ("commands:Planning", "plan:run_planning"),
 }
 # Set to anything, this variable shows the traceback of an error of ours.
@@ -36,6 +38,7 @@ _GOES_ON = {
     "tasks": " The same command goes on after the last finished run.",
     "train": " The same command goes on from the last checkpoint.",
     "isoflop": " The same command goes on after the last finished run.",
+    "heal": " The same command goes on from the last checkpoint.",
 }
 
 

@@ -10,7 +10,7 @@ import io
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -40,8 +40,14 @@ class TrainSettings(Record):
     corpus: str
 
 
-class Notes(Record):
-    """A checkpoint but for its arrays: the run it belongs to, and its progress."""
+class AbstractNotes(Record):
+    """A checkpoint but for its arrays, whose digest it knows."""
+
+    digest: str = ""
+
+
+class Notes(AbstractNotes):
+    """Those of a run of `mode-lab train`: the settings, and its progress."""
 
     format = "mode-lab checkpoint"
     version = 2
@@ -49,17 +55,20 @@ class Notes(Record):
     settings: TrainSettings
     stream: dict[str, pydantic.JsonValue]
     losses: tuple[FloatOrNaN, ...]
-    digest: str = ""
 
 
-class Checkpoints:
-    """The checkpoints in a folder, of which the newest `keep` are kept."""
+N = TypeVar("N", bound=AbstractNotes)
 
-    def __init__(self, folder: Path, keep: int):
+
+class Checkpoints(Generic[N]):
+    """The checkpoints in a folder, of which the newest `keep` are kept, with notes of one kind."""
+
+    def __init__(self, folder: Path, keep: int, kind: type[N] = Notes):
         if folder.exists() and not folder.is_dir():
             raise DamagedFile(folder, "it is a file, not a folder of checkpoints", "Move it away.")
         self.folder = folder
         self.keep = keep
+        self.kind = kind
 
     @property
     def steps(self) -> list[int]:
@@ -70,7 +79,7 @@ class Checkpoints:
         paths = self.folder.iterdir() if self.folder.exists() else ()
         return [path for path in paths if path.stem.isdecimal()]
 
-    def save(self, step: int, tree: PyTree, notes: Notes) -> None:
+    def save(self, step: int, tree: PyTree, notes: N) -> None:
         """Saves the arrays of `tree`, and the notes.
 
         **Raises:** `OSError` where they cannot be written; earlier checkpoints are as they were.
@@ -97,7 +106,7 @@ class Checkpoints:
                 "command goes on from there once there is room."
             ) from error
 
-    def newest(self, like: PyTree, warn: Callable[[str], None]) -> tuple[int, PyTree, Notes] | None:
+    def newest(self, like: PyTree, warn: Callable[[str], None]) -> tuple[int, PyTree, N] | None:
         """Restores the newest checkpoint that is sound: its step, the tree and the notes.
 
         **Arguments:**
@@ -113,7 +122,7 @@ class Checkpoints:
         for step in reversed(self.steps):
             path = self.folder / f"{step}.npz"
             try:
-                notes = read_record(path.with_suffix(".json"), Notes)
+                notes = read_record(path.with_suffix(".json"), self.kind)
                 arrays = _read_arrays(path, notes.digest)
             except DamagedFile as error:
                 errors.append(error)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt16
+from jaxtyping import Int, UInt
 
 
 DOCUMENT_START = 256
@@ -32,7 +32,7 @@ class Documents:
     where in these each document begins."""
 
     names: tuple[str, ...]
-    tokens: UInt16[np.ndarray, " tokens"]
+    tokens: UInt[np.ndarray, " tokens"]
     starts: Int[np.ndarray, " documents"]
 
 

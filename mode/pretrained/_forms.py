@@ -31,10 +31,10 @@ class FormOptions:
     capacity: Capacity
     select: AbstractSelector
     gate: AbstractGate
-    num_experts: int
-    num_noop: int
-    expert_capacity: Capacity
-    redrawn: float
+    num_experts: int = 4
+    num_noop: int = 1
+    expert_capacity: Capacity = 1
+    redrawn: float = 0.0
 
 
 Form = Callable[[TransformerBlock, FormOptions, PRNGKeyArray], Layer]

@@ -1,0 +1,1 @@
+"""Pretrained models, routed: which layers, and how they get well again."""

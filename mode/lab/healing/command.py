@@ -1,0 +1,201 @@
+"""The commands `mode-lab convert` and `mode-lab heal`."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import mode
+from mode.pretrained import FormOptions
+
+from ..console import say
+from ..corpus import Corpus, read_corpus
+from ..data import Batch, held_out_batches
+from ..figures import BLUE, GREY, PAGE, save_figure
+from ..files import write_record, write_text
+from ..folder import check_claim, check_out, claim
+from ..options import absolute_glob, command_line
+from ..tables import to_console, to_markdown
+from .arm import BESIDES, evaluate, heal_arm, make_source
+from .choose import LayerWorth, measure_layers, propose_layers
+from .documents import start_token, tokenize
+from .options import ARM_TEXTS, Converting, Healing
+from .records import HealResult, HealSettings, LayersRecord
+
+
+def run_converting(options: Converting, console: Console) -> None:
+    """Measures layers, proposes some, and says what routing them changes.
+
+    **Raises:** `ValueError` where neither layers nor `--choose` are given, and for bad input.
+    """
+    if not (options.layers or options.choose):
+        raise ValueError(
+            "`layers` must name at least one layer, or be chosen by `--choose`, got neither."
+        )
+    check_out(options.out)
+    shapes = mode.pretrained.load_shapes(options.model)
+    _check_layers(options.layers, shapes.depth)
+    corpus = _corpus(options.model, options.data, options.length)
+    model = mode.pretrained.load(options.model)
+    sizes = {"length": options.length, "batch": options.sequences, "sequences": options.sequences}
+    (sample,) = held_out_batches(corpus.held_out, **sizes)[:1]
+    batch = Batch.of(sample)
+    worths: list[LayerWorth] = []
+    layers = list(options.layers)
+    if options.choose:
+        say(console, f"{shapes.depth} layers, each left out in turn...")
+        dense, worths = measure_layers(model, batch)
+        if not layers:
+            form = FormOptions(options.capacity, mode.ExpertChoice(), mode.StraightThroughGate())
+            layers = propose_layers(model, worths, form, options.form, options.save)
+        table = _worth_table(worths, dense, layers)
+        console.print(to_console(table, {"cosine": ".3f", "nats lost without it": "+.3f"}))
+    else:
+        dense, _ = evaluate(model, [sample], jax.random.key(0))
+    settings = {
+        "capacity": options.capacity,
+        "form": options.form,
+        "key": jax.random.key(options.seed),
+    }
+    routed = mode.pretrained.convert(model, layers, **settings)
+    whole = mode.pretrained.convert(model, layers, **{**settings, "capacity": 1})
+    same = mode.pretrained.compare(model, whole, batch.inputs[:1])
+    receipt = mode.pretrained.compare(model, routed, batch.inputs[:1])
+    converted, _ = evaluate(routed, [sample], jax.random.key(0))
+    say(
+        console,
+        f"At capacity 1, {same.difference:.1e} of the logits' norm changes. "
+        f"At {options.capacity:g}:",
+    )
+    say(console, str(receipt))
+    say(console, f"Held out: {dense:.3f} nats per token before, {converted:.3f} after, untrained.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = LayersRecord(
+        options=dataclasses.replace(options, data=absolute_glob(options.data)),
+        corpus=corpus.fingerprint,
+        dense=dense,
+        converted=converted,
+        layers=tuple(layers),
+        cosines=tuple(worth.cosine for worth in worths) or None,
+        losses_without=tuple(worth.loss_without for worth in worths) or None,
+    )
+    write_record(options.out / "layers.json", record)
+    if worths:
+        save_figure(partial(_draw, worths, dense, layers), options.out / "layers.png")
+    heal = Healing(
+        options.model,
+        tuple(layers),
+        data=options.data,
+        form=options.form,
+        capacity=options.capacity,
+    )
+    usual = Healing(Path(), ())
+    say(console, f"To train it:\n    {command_line('heal', heal, defaults=usual)}")
+
+
+def _worth_table(worths: list[LayerWorth], dense: float, layers: list[int]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "layer": [str(worth.layer) for worth in worths],
+            "cosine": [worth.cosine for worth in worths],
+            "nats lost without it": [worth.loss_without - dense for worth in worths],
+            "routed": ["yes" if worth.layer in layers else "" for worth in worths],
+        }
+    )
+
+
+def _draw(worths: list[LayerWorth], dense: float, layers: list[int]) -> Figure:
+    """Bars of what each layer is worth; those that are routed in blue."""
+    figure = Figure(figsize=(PAGE, 2.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    numbers = [worth.layer for worth in worths]
+    colours = [BLUE if number in layers else GREY for number in numbers]
+    axes[0].bar(numbers, [worth.loss_without - dense for worth in worths], color=colours)
+    axes[0].set(xlabel="layer", ylabel="nats lost without it", yscale="symlog")
+    axes[0].set_title("Blue: routed")
+    axes[1].bar(numbers, [1 - worth.cosine for worth in worths], color=colours)
+    axes[1].set(xlabel="layer", ylabel="1 - cosine of input and output")
+    return figure
+
+
+def run_healing(options: Healing, console: Console) -> None:
+    """Trains the arms in turn and prints their table.
+
+    **Raises:** `ValueError` for bad input; `FloatingPointError` for a loss that is not finite.
+    """
+    unknown = sorted(set(options.arms) - set(ARM_TEXTS))
+    if unknown or not options.arms:
+        raise ValueError(f"`arms` must be of {', '.join(ARM_TEXTS)}, got {', '.join(unknown)}.")
+    check_out(options.out)
+    shapes = mode.pretrained.load_shapes(options.model)
+    _check_layers(options.layers, shapes.depth)
+    if not options.layers:
+        raise ValueError("`layers` must name at least one layer. `mode-lab convert --choose` does.")
+    corpus = _corpus(options.model, options.data, options.length)
+    settings = HealSettings(
+        options=dataclasses.replace(options, data=absolute_glob(options.data)),
+        corpus=corpus.fingerprint,
+    )
+    check_claim(options.out, settings, besides=BESIDES)
+    claim(options.out, settings, besides=BESIDES)
+    dense = mode.pretrained.load(options.model)
+    source = make_source(dense, corpus, settings)
+    text = f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} tokens)"
+    loss = f"{source.dense_loss:.3f} nats per token"
+    say(console, f"{text}, {len(corpus.held_out.names)} held out. Dense: {loss}.")
+    results = [
+        heal_arm(source, arm, options.out / arm, partial(say, console)) for arm in options.arms
+    ]
+    table, formats = _result_table(results)
+    console.print(to_console(table, formats))
+    text = f"`{command_line('heal', options, defaults=Healing(Path(), ()))}`\n\n"
+    write_text(options.out / "report.md", text + to_markdown(table, formats) + "\n")
+
+
+def _result_table(results: list[HealResult]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Held-out losses of all arms, over that of the dense model."""
+    rows = {
+        "arm": ["dense", *(result.arm for result in results)],
+        "FLOPs": [1.0, *(result.flops / result.flops_dense for result in results)],
+        "converted": [0.0, *(result.converted - result.dense for result in results)],
+        "routers alone": [
+            None,
+            *(r.routers - r.dense if r.routers is not None else None for r in results),
+        ],
+        "healed": [0.0, *(result.healed - result.dense for result in results)],
+        "causal": [None, *(r.causal - r.dense if r.causal is not None else None for r in results)],
+        "selected causally": [None, *(result.capacity_causal for result in results)],
+        "tokens": [
+            0,
+            *(
+                len(r.losses) * r.settings.options.batch * r.settings.options.length
+                for r in results
+            ),
+        ],
+    }
+    nats = dict.fromkeys(("converted", "routers alone", "healed", "causal"), "+.3f")
+    return pd.DataFrame(rows), {**nats, "FLOPs": ".3f", "selected causally": ".2f", "tokens": ",d"}
+
+
+def _corpus(model: Path, data: str | None, length: int) -> Corpus:
+    tokenizer = mode.pretrained.load_tokenizer(model)
+    corpus = tokenize(read_corpus(data, length=length), tokenizer, start_token(tokenizer))
+    for side in (corpus.train, corpus.held_out):
+        if len(side.tokens) <= length:
+            raise ValueError(
+                f"`data` must fill a sequence of length={length} on both sides, got "
+                f"{len(side.tokens)} tokens on one. Give more text or a smaller `--length`."
+            )
+    return corpus
+
+
+def _check_layers(layers: tuple[int, ...], depth: int) -> None:
+    wrong = [layer for layer in layers if layer >= depth]
+    if wrong or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"`layers` must be different numbers from 0 to {depth - 1}, got {list(layers)}."
+        )
