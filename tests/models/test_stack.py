@@ -78,6 +78,23 @@ def test_unstacked_layers_compute_the_same() -> None:
     assert np.array_equal(jnp.concatenate([one.index for one in routings]), routing.index)
 
 
+def test_layers_by_number_are_stacked_again() -> None:
+    """The same logits, and as few scans as their order allows."""
+    scanned = model(stacks=[([dense], 2), ([dense, routed], 2), ([half], 1)])
+    layers = mode.list_layers(scanned)
+    again = mode.with_layers(scanned, layers)
+    assert [(len(stack.layers), stack.repeats) for stack in again.stacks] == [(1, 3), *[(1, 1)] * 4]
+    assert_close(run(again, IDS)[0], run(scanned, IDS)[0], scale=10)
+    order = [6, 1, 3, 1, 3, 1, 3]
+    mixed_up = mode.with_layers(scanned, [layers[number] for number in order])
+    assert [(len(stack.layers), stack.repeats) for stack in mixed_up.stacks] == [(1, 1), (2, 3)]
+    for place, number in enumerate(order):
+        one, other = mode.list_layers(mixed_up)[place], layers[number]
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for leaf, expected in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert np.array_equal(leaf, expected)
+
+
 @pytest.mark.parametrize("period", [[dense, routed], [mixed]], ids=["mod", "mode"])
 def test_remat_changes_no_value_and_no_gradient(period: list[Any]) -> None:
     @eqx.filter_jit

@@ -1,5 +1,7 @@
 """Rotary embeddings at original positions, against the oracle."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,3 +35,39 @@ def test_rope_makes_scores_depend_on_distances_alone() -> None:
         return jnp.einsum("qhd,khd->hqk", mode.rope(q, at), mode.rope(k, at))
 
     assert_close(products(50), products(0), scale=4)
+
+
+def test_a_linear_scaling_is_a_division_of_positions() -> None:
+    x = jnp.asarray(rng(120).normal(size=(6, 2, 8)), jnp.float32)
+    positions = jnp.arange(0, 24, 4, dtype=jnp.int32)
+    scaled = mode.rope(x, positions, scaling=mode.LinearRopeScaling(4.0))
+    assert_close(scaled, mode.rope(x, positions // 4), scale=4)
+
+
+def test_the_scaling_of_llama_3_keeps_short_waves_and_stretches_long_ones() -> None:
+    """Frequencies that turn more than 4 times in 64 positions stay; below once, they are divided
+    by 8; between, they are blended."""
+    frequency = np.array([2.0, 0.5, 0.2, 0.09, 0.01])
+    scaled = mode.Llama3RopeScaling(8.0, original_max_positions=64)(
+        jnp.asarray(frequency, jnp.float32)
+    )
+    turns = 64 * frequency / (2 * np.pi)
+    assert (turns > 4).tolist() == [True, True, False, False, False]
+    assert (turns < 1).tolist() == [False, False, False, True, True]
+    kept = (turns[2] - 1) / 3
+    middle = (1 - kept) * frequency[2] / 8 + kept * frequency[2]
+    assert_close(scaled, np.array([2.0, 0.5, middle, 0.09 / 8, 0.01 / 8]))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: mode.LinearRopeScaling(0.0), "factor"),
+        (lambda: mode.LinearRopeScaling(float("nan")), "factor"),
+        (lambda: mode.Llama3RopeScaling(8.0, 4.0, 4.0), "low_freq_factor"),
+        (lambda: mode.Llama3RopeScaling(8.0, original_max_positions=0), "original_max_positions"),
+    ],
+)
+def test_scalings_of_bad_numbers(make: Callable[[], object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,5 +1,6 @@
 """What gates return at the edges: confident tokens, infinite biases, tokens without a slot."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,3 +101,20 @@ def test_the_router_computes_in_float32(gate: str, dtype: jnp.dtype) -> None:
     assert routing.predictor is not None
     assert routing.predictor.dtype == jnp.float32
     assert_close(routing.logits, oracle_logits(router, x))
+
+
+def test_straight_through_weights_are_equal_and_their_gradient_is_that_of_a_sigmoid() -> None:
+    """Exactly 1 over the number of experts that selected the token, whatever the logits."""
+    logits = 30 * hidden_states(5, 40, 4)
+    selected = jnp.asarray(rng(6).random((40, 3)) < 0.6)
+    gate = mode.StraightThroughGate()
+    weights = np.asarray(gate(logits, selected))
+    count = np.maximum(np.asarray(selected).sum(-1, keepdims=True), 1)
+    np.testing.assert_array_equal(weights, np.broadcast_to((1 / count).astype(np.float32), (40, 3)))
+    assert gate.scores(logits) is logits
+    cotangent = hidden_states(7, 40, 3)
+    small = logits / 30
+    (gradient,) = jax.vjp(lambda z: gate(z, selected), small)[1](cotangent)
+    soft = ref.sigmoid(f64(small)[:, :3])
+    assert_close(gradient[:, :3], f64(cotangent) * soft * (1 - soft))
+    assert not np.asarray(gradient[:, 3]).any()  # of the no-op
