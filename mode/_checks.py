@@ -5,6 +5,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import jax.numpy as jnp
@@ -104,4 +105,13 @@ def check_hidden(x: Hidden, dim: int | None = None) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"`x` must be of a floating dtype, got {x.dtype}. Token ids are embedded first."
+        )
+
+
+def check_installed(package: str, extra: str) -> None:
+    """Checks that a package is installed which an extra of this one brings."""
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"this needs the package `{package}`, which the extra `{extra}` installs: "
+            f"`pip install 'mode-jax[{extra}]'`, or in a clone `pip install -e '.[{extra}]'`."
         )

@@ -1,8 +1,10 @@
 """Load a pretrained model, and save one for other libraries."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from .._checks import check_installed
 from .._dtypes import is_shaped
 from ..models import Transformer
 from ..parallel import PARAMETER_RULES, Rules, named_shardings
@@ -124,35 +127,54 @@ def save(
     **Raises:** `ValueError` for a model that no family has, such as a routed one, and for a folder
     with files in it.
     """
+    check_installed("safetensors", "pretrained")
     from safetensors.numpy import save_file
 
     config = _known_config(model)
     sources = find_sources(model, config, GPT2 if config.family == "gpt2" else LLAMA)
     values = {**to_json(config), "torch_dtype": str(model.embedding.dtype)}
+    leaves = jax.tree.leaves(eqx.filter(model, is_shaped))
+    sizes = {
+        name: math.prod(source.tensor_shape(part)) * leaf.dtype.itemsize
+        for source, leaf in zip(sources, leaves, strict=True)
+        for layer in source.names
+        for part, name in enumerate(layer)
+    }
+    place = _places(sizes, max_shard_bytes)
+    count = 1 + max(place.values())
+    files = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    files = files if count > 1 else [SINGLE]
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for source, leaf in zip(sources, leaves, strict=True):
+            yield from write_tensors(source, leaf).items()
+
     with new_folder(Path(folder).expanduser()) as written:
-        shards: list[list[str]] = []
-        shard: dict[str, np.ndarray] = {}
-
-        def flush() -> None:
-            shards.append(list(shard))
-            save_file(shard, written / _part(len(shards)), metadata={"format": "pt"})
-            shard.clear()
-
-        for source, leaf in zip(
-            sources, jax.tree.leaves(eqx.filter(model, is_shaped)), strict=True
-        ):
-            for name, tensor in write_tensors(source, leaf).items():
-                if (
-                    shard
-                    and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_bytes
-                ):
-                    flush()
-                shard[name] = tensor
-        flush()
-        _name_parts(written, shards)
-        (written / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for number, some in itertools.groupby(tensors(), key=lambda item: place[item[0]]):
+            save_file(dict(some), written / files[number], metadata={"format": "pt"})
+        if count > 1:
+            weights = {name: files[number] for name, number in place.items()}
+            _write_json(
+                written / INDEX,
+                {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weights},
+            )
+        _write_json(written / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(str(written / "tokenizer.json"))
+
+
+def _places(sizes: dict[str, int], most: int) -> dict[str, int]:
+    """Returns the number of the file of each tensor, none larger than `most` if it can be."""
+    places, file, used = {}, 0, 0
+    for name, size in sizes.items():
+        if used and used + size > most:
+            file, used = file + 1, 0
+        places[name], used = file, used + size
+    return places
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _known_config(model: Transformer) -> Config:
@@ -177,21 +199,3 @@ def _known_config(model: Transformer) -> Config:
             "`equinox.tree_serialise_leaves`."
         )
     return config
-
-
-def _part(number: int) -> str:
-    return f"part-{number}"
-
-
-def _name_parts(folder: Path, shards: list[list[str]]) -> None:
-    """Gives the files of tensors their names, which say how many there are."""
-    if len(shards) == 1:
-        (folder / _part(1)).rename(folder / SINGLE)
-        return
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for number, file in enumerate(files, 1):
-        (folder / _part(number)).rename(folder / file)
-    size = sum((folder / file).stat().st_size for file in files)
-    weights = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": size}, "weight_map": weights}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

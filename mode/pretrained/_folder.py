@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import check_installed
 from ._config import Config
 from ._json_config import from_json
 from ._names import GPT2, LLAMA, Names
@@ -101,6 +102,7 @@ def _files(path: Path) -> dict[str, list[str]]:
 
 
 def _open(path: Path) -> Any:
+    check_installed("safetensors", "pretrained")
     from safetensors import SafetensorError, safe_open
 
     # The dtype bfloat16 of NumPy is that of `ml_dtypes`, which JAX has registered.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -40,67 +41,40 @@ class FormOptions:
 Form = Callable[[TransformerBlock, FormOptions, PRNGKeyArray], Layer]
 
 
-def route_block(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """The whole block for some tokens."""
-    return _depths(block, block, options, key)
+def _parts(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray, routed: str) -> Layer:
+    """Attention and feed-forward, those named routed apart."""
+    layers = []
+    for name, part, part_key in zip(_PARTS, block.split(), jax.random.split(key), strict=True):
+        is_routed = name in routed
+        layers.append(_depths(block, part, options, part_key) if is_routed else Residual(part))
+    return Sequential(layers)
 
 
-def route_queries(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """The whole block for some tokens, with keys and values of all."""
-    return MixtureOfQueries(
-        block, _dim(block), options.capacity, select=options.select, gate=options.gate, key=key
-    )
+def _queries(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
+    select, gate = options.select, options.gate
+    return MixtureOfQueries(block, _dim(block), options.capacity, select=select, gate=gate, key=key)
 
 
-def route_attention(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Attention for some tokens, the feed-forward for all."""
-    attention, feedforward = block.split()
-    return Sequential([_depths(block, attention, options, key), Residual(feedforward)])
-
-
-def route_feedforward(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Attention for all tokens, the feed-forward for some."""
-    attention, feedforward = block.split()
-    return Sequential([Residual(attention), _depths(block, feedforward, options, key)])
-
-
-def route_both(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Attention for some tokens, the feed-forward for others."""
-    attention_key, feedforward_key = jax.random.split(key)
-    attention, feedforward = block.split()
-    return Sequential(
-        [
-            _depths(block, attention, options, attention_key),
-            _depths(block, feedforward, options, feedforward_key),
-        ]
-    )
-
-
-def upcycle(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Experts in place of the feed-forward. arXiv:2212.05055."""
-    return Residual(_upcycled(block, options, 0, key))
-
-
-def upcycle_staged(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Staged MoDE: the block for some tokens, experts inside it."""
+def _staged(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
     expert_key, router_key = jax.random.split(key)
     return _depths(block, _upcycled(block, options, 0, expert_key), options, router_key)
 
 
-def upcycle_integrated(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
-    """Integrated MoDE: experts and no-op experts in place of the feed-forward."""
-    return Residual(_upcycled(block, options, options.num_noop, key))
-
-
+_PARTS = ("attention", "feedforward")
 FORMS: dict[str, Form] = {
-    "mod": route_block,
-    "mod-queries": route_queries,
-    "mod-attention": route_attention,
-    "mod-feedforward": route_feedforward,
-    "mod-both": route_both,
-    "moe": upcycle,
-    "mode-staged": upcycle_staged,
-    "mode-integrated": upcycle_integrated,
+    # The whole block for some tokens; with keys and values of all.
+    "mod": lambda block, options, key: _depths(block, block, options, key),
+    "mod-queries": _queries,
+    # The parts of a block.
+    "mod-attention": partial(_parts, routed="attention"),
+    "mod-feedforward": partial(_parts, routed="feedforward"),
+    "mod-both": partial(_parts, routed="attention and feedforward"),
+    # Experts, without and with no-ops, for all tokens; and inside a block for some tokens.
+    "moe": lambda block, options, key: Residual(_upcycled(block, options, 0, key)),
+    "mode-integrated": lambda block, options, key: Residual(
+        _upcycled(block, options, options.num_noop, key)
+    ),
+    "mode-staged": _staged,
 }
 
 
@@ -119,8 +93,7 @@ def _depths(
 def _upcycled(
     block: TransformerBlock, options: FormOptions, num_noop: int, key: PRNGKeyArray
 ) -> TransformerBlock:
-    """Returns the block with copies of its feed-forward as experts, the gate's weights among those
-    that selected a token summing to 1."""
+    """Returns the block with copies of its feed-forward as experts. arXiv:2212.05055."""
     feedforward = block.feedforward
     if not isinstance(feedforward, PositionWise):
         raise ValueError(

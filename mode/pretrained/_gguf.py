@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .._checks import check_count, check_installed
 from ..nn import AbstractRopeScaling, LinearRopeScaling, Llama3RopeScaling
 from ._config import Config
 from ._names import GGUF, GGUF_GPT2, Names
@@ -77,6 +78,7 @@ def read_gguf(path: Path) -> tuple[Config, dict[str, GGUFTensor], Names]:
 
 def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the values and the tensors of a file, which is mapped into memory."""
+    check_installed("gguf", "pretrained")
     from gguf import GGUFReader
 
     try:
@@ -119,7 +121,8 @@ def _config(values: dict[str, Any], tensors: dict[str, Any]) -> Config:
         return value
 
     dim, heads, depth = (
-        int(take(name)) for name in ("embedding_length", "attention.head_count", "block_count")
+        check_count(name, take(name), 1)
+        for name in ("embedding_length", "attention.head_count", "block_count")
     )
     norm = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon"
     window = own.pop("attention.sliding_window", 0) or None

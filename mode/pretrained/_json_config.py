@@ -11,14 +11,44 @@ from ..nn import AbstractRopeScaling, LinearRopeScaling, Llama3RopeScaling
 from ._config import Config
 
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+# The keys of sizes, of other families and of GPT-2.
+_SIZES = (
+    {
+        "vocab": "vocab_size",
+        "dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "hidden": "intermediate_size",
+    },
+    {
+        "vocab": "vocab_size",
+        "dim": "n_embd",
+        "depth": "n_layer",
+        "num_heads": "n_head",
+        "hidden": "n_inner",
+        "max_positions": "n_positions",
+    },
+)
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 # What `transformers` takes where a file does not say.
+_LLAMA = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False}
+_LLAMA |= {"mlp_bias": False}
+_QWEN = {**_LLAMA, "num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
+_QWEN |= {"max_window_layers": 28}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
-    "gpt2": {"tie_word_embeddings": True},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {**_QWEN, "attention_bias": True},
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gpt2": {"tie_word_embeddings": True, "n_positions": 1024, "layer_norm_epsilon": 1e-5},
 }
 # Keys with one value that this library has; any other would be another function.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -98,82 +128,53 @@ class _Values:
 def from_json(values: Mapping[str, Any], ignored: Collection[str] = ()) -> Config:
     """Returns the shape of a model.
 
-    **Raises:** `ValueError` for another family, a key that is missing, or one that needs what
-    this library lacks.
+    **Raises:** `ValueError` for another family, a key that is missing, or one that needs what this
+    library lacks.
     """
     family = values.get("model_type")
-    if family not in _FAMILIES:
+    if family not in _DEFAULTS:
         raise ValueError(
-            f"`model_type` of `config.json` must be one of {', '.join(_FAMILIES)}, got {family!r}."
+            f"`model_type` of `config.json` must be one of {', '.join(_DEFAULTS)}, got {family!r}."
         )
-    keys = _Values(values, _DEFAULTS[family])
-    config = _gpt2(keys) if family == "gpt2" else _llama(keys, family)
-    keys.check_all_used(ignored)
-    return config
-
-
-def _gpt2(keys: _Values) -> Config:
-    dim, heads, depth = keys.count("n_embd"), keys.count("n_head"), keys.count("n_layer")
-    return Config(
-        family="gpt2",
-        vocab=keys.count("vocab_size"),
-        dim=dim,
-        depth=depth,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=_divide(dim, heads),
-        hidden=keys.optional("n_inner") or 4 * dim,
-        eps=keys.number("layer_norm_epsilon", 1e-5),
-        tied=bool(keys.take("tie_word_embeddings")),
-        windows=(None,) * depth,
-        max_positions=keys.count("n_positions"),
-        qkv_bias=True,
-        out_bias=True,
-        feedforward_bias=True,
-    )
-
-
-def _llama(keys: _Values, family: str) -> Config:
-    dim, heads = keys.count("hidden_size"), keys.count("num_attention_heads")
-    depth = keys.count("num_hidden_layers")
-    theta, scaling = _rope(keys)
-    bias = family != "mistral" and bool(keys.take("attention_bias", family == "qwen2"))
-    return Config(
+    keys, is_gpt2 = _Values(values, _DEFAULTS[family]), family == "gpt2"
+    sizes = {field: keys.optional(key) for field, key in _SIZES[is_gpt2].items()}
+    for field in ("vocab", "dim", "depth", "num_heads"):
+        if sizes[field] is None:
+            raise ValueError(f"`config.json` must have the key `{_SIZES[is_gpt2][field]}`.")
+    dim, heads, depth = (sizes[field] or 0 for field in ("dim", "num_heads", "depth"))
+    sizes["num_kv_heads"] = sizes.get("num_kv_heads") or heads
+    if not sizes.get("head_dim"):
+        if dim % heads:
+            raise ValueError(f"`config.json` must have heads that divide {dim}, got {heads}.")
+        sizes["head_dim"] = dim // heads
+    sizes["hidden"] = sizes["hidden"] or 4 * dim
+    bias = is_gpt2 or (family != "mistral" and bool(keys.take("attention_bias")))
+    theta, scaling = (None, None) if is_gpt2 else _rope(keys)
+    config = Config(
         family=family,
-        vocab=keys.count("vocab_size"),
-        dim=dim,
-        depth=depth,
-        num_heads=heads,
-        num_kv_heads=keys.optional("num_key_value_heads") or heads,
-        head_dim=keys.optional("head_dim") or _divide(dim, heads),
-        hidden=keys.count("intermediate_size"),
-        eps=keys.number("rms_norm_eps", 1e-6),
-        tied=bool(keys.take("tie_word_embeddings", False)),
+        **sizes,  # pyright: ignore[reportArgumentType]
+        eps=keys.number("layer_norm_epsilon" if is_gpt2 else "rms_norm_eps"),
+        tied=bool(keys.take("tie_word_embeddings")),
         windows=_windows(keys, family, depth),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=bias,
         out_bias=bias and family != "qwen2",
-        feedforward_bias=family == "llama" and bool(keys.take("mlp_bias", False)),
+        feedforward_bias=is_gpt2 or (family == "llama" and bool(keys.take("mlp_bias"))),
         head_norm=family == "qwen3",
     )
-
-
-def _divide(dim: int, heads: int) -> int:
-    if dim % heads:
-        raise ValueError(f"`config.json` must have heads that divide its size, got {heads}, {dim}.")
-    return dim // heads
+    keys.check_all_used(ignored)
+    return config
 
 
 def _windows(keys: _Values, family: str, depth: int) -> tuple[int | None, ...]:
     """Returns the window of each layer."""
-    if family == "llama":
+    if family in ("llama", "gpt2"):
         return (None,) * depth
     window = keys.optional("sliding_window")
     if family == "mistral":
         return (window,) * depth
-    is_windowed = keys.take("use_sliding_window", False)
-    first = keys.take("max_window_layers", 28)
+    is_windowed, first = keys.take("use_sliding_window"), keys.take("max_window_layers")
     kinds = keys.take("layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
@@ -218,46 +219,25 @@ def _rope(keys: _Values) -> tuple[float, AbstractRopeScaling | None]:
 
 def to_json(config: Config) -> dict[str, Any]:
     """Returns the keys of a shape, as `transformers` reads them."""
-    if config.family == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "vocab_size": config.vocab,
-            "n_embd": config.dim,
-            "n_layer": config.depth,
-            "n_head": config.num_heads,
-            "n_inner": config.hidden,
-            "n_positions": config.max_positions,
-            "layer_norm_epsilon": config.eps,
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": config.tied,
-        }
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    is_gpt2 = config.family == "gpt2"
     values: dict[str, Any] = {
-        "architectures": [f"{name[config.family]}ForCausalLM"],
+        "architectures": [_CLASSES[config.family]],
         "model_type": config.family,
-        "vocab_size": config.vocab,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_json(config.rope_scaling),
+        **{key: getattr(config, field) for field, key in _SIZES[is_gpt2].items()},
         "tie_word_embeddings": config.tied,
     }
+    if is_gpt2:
+        return {**values, "layer_norm_epsilon": config.eps, "activation_function": "gelu_new"}
+    values |= {"rms_norm_eps": config.eps, "hidden_act": "silu", "rope_theta": config.rope_theta}
+    values["rope_scaling"] = _rope_json(config.rope_scaling)
     if config.family in ("llama", "qwen3"):
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
-        values["mlp_bias"] = config.feedforward_bias
-    window = next((window for window in config.windows if window is not None), None)
-    if config.family != "llama":
-        values["sliding_window"] = window
-    if config.family.startswith("qwen"):
-        values["use_sliding_window"] = window is not None
+        return {**values, "mlp_bias": config.feedforward_bias}
+    windows = [window for window in config.windows if window is not None]
+    values["sliding_window"] = windows[0] if windows else None
+    if config.family != "mistral":
+        values["use_sliding_window"] = bool(windows)
         values["layer_types"] = [
             "full_attention" if window is None else "sliding_attention" for window in config.windows
         ]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._checks import check_installed
 from ._files import load_shapes
 from ._gguf import read_parts
 
@@ -42,6 +43,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     >>> import mode
     >>> tokenizer = mode.pretrained.load_tokenizer("SmolLM2-135M.gguf")  # doctest: +SKIP
     """
+    check_installed("tokenizers", "pretrained")
     from tokenizers import Tokenizer
 
     path = Path(path).expanduser()

@@ -180,9 +180,7 @@ def test_models_that_other_libraries_do_not_know(tmp_path: Path) -> None:
             embedding_scale=1.0,
             key=key,
         ),
-        "rope_theta": eqx.tree_at(lambda m: m.norm, model, mode.LayerNorm(24)),
     }
-    del others["rope_theta"]
     for match, other in others.items():
         with pytest.raises(ValueError, match=match):
             mode.pretrained.save(other, tmp_path / "out")
@@ -190,3 +188,18 @@ def test_models_that_other_libraries_do_not_know(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layers of different options"):
         mode.pretrained.save(norms, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "m", CONFIG, make_tensors(CONFIG))
+    model = mode.pretrained.load(folder)
+    monkeypatch.setattr("mode._checks.find_spec", lambda name: None)
+    for use in (
+        lambda: mode.pretrained.load(folder),
+        lambda: mode.pretrained.save(model, tmp_path / "out"),
+        lambda: mode.pretrained.load_tokenizer(folder),
+    ):
+        with pytest.raises(ModuleNotFoundError, match=r"mode-jax\[pretrained\]"):
+            use()
