@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import mode
+from mode.pretrained import _files
+from mode.pretrained._sources import Source, read_array
 from tests.helpers import assert_close, rng, run
 from tests.parallel.meshes import mesh_of
 from tests.pretrained.cases import CONFIGS, VOCAB, make_tensors, write_folder
@@ -67,6 +70,30 @@ def test_a_mesh_holds_the_same_arrays_in_parts(name: str, tmp_path: Path) -> Non
         assert other.sharding == sharding
         np.testing.assert_array_equal(one, other)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(parts))
+
+
+def test_no_array_is_ever_whole_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mesh of eight devices: each array is read in parts, from three files, row by row."""
+    config = {**CONFIGS["llama"], "hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
+    config |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
+    tensors = make_tensors(config)
+    folder = write_folder(tmp_path / "m", config, tensors, files=3)
+    largest: dict[tuple[int, ...], int] = {}
+
+    def record(source: Source, *rest: Any) -> np.ndarray:
+        part = read_array(source, *rest)
+        largest[source.shape] = max(part.size, largest.get(source.shape, 0))
+        return part
+
+    monkeypatch.setattr(_files, "read_array", record)
+    model = mode.pretrained.load(folder, mesh=mesh_of(data=8))
+    for leaf in jax.tree.leaves(model):
+        if leaf.ndim > 2 or leaf.shape[0] == 128:  # vectors are whole on every device
+            assert largest[leaf.shape] == leaf.size // 8
+    ids = rng(7).integers(0, 128, 9)
+    assert_close(run(model, jnp.asarray(ids))[0], logits_of(config, tensors, ids), scale=5)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
