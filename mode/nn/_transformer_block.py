@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_hidden
+from .._checks import check_hidden, type_name
 from .._linear import MakeNorm, Norm, RMSNorm
 from .._token_info import TokenInfo
 from .._types import Gathered, GatheredIds, Hidden, Key
@@ -61,20 +61,27 @@ class TransformerBlock(AbstractKeyedBlock):
         key: PRNGKeyArray,
     ):
         attention_key, feedforward_key = jax.random.split(key)
-        if (num_heads is None) == (attention is None):
+        if attention is None and num_heads is not None:
+            attention = Attention(
+                dim,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                rope_theta=rope_theta,
+                attend=attend,
+                key=attention_key,
+            )
+        elif attention is None or num_heads is not None:
             raise ValueError(
                 "give exactly one of `num_heads` and `attention`, got "
-                f"{'neither' if num_heads is None else 'both'}."
+                f"{'neither' if attention is None else 'both'}."
+            )
+        elif not isinstance(attention, Attention) or attention.qkv.weight.shape[0] != dim:
+            raise ValueError(
+                f"`attention` must be an `Attention` of dim={dim} features, got "
+                f"{type_name(attention)}."
             )
         self.attention_norm = make_norm(dim)
-        self.attention = attention or Attention(
-            dim,
-            num_heads or 1,
-            num_kv_heads=num_kv_heads,
-            rope_theta=rope_theta,
-            attend=attend,
-            key=attention_key,
-        )
+        self.attention = attention
         self.feedforward_norm = make_norm(dim)
         if feedforward is None:
             feedforward = PositionWise(SwiGLUFeedForward(dim, key=feedforward_key))

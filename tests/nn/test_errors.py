@@ -96,6 +96,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.TransformerBlock(DIM, 2, feedforward=experts(KEY), key=KEY),
         f"^`feedforward` {RESIDUAL_TWICE}",
     ),
+    "heads twice": (
+        lambda: mode.TransformerBlock(DIM, 2, attention=mode.Attention(DIM, 2, key=KEY), key=KEY),
+        "exactly one of `num_heads` and `attention`, got both",
+    ),
+    "no heads": (
+        lambda: mode.TransformerBlock(DIM, key=KEY),
+        "exactly one of `num_heads` and `attention`, got neither",
+    ),
+    "an attention of another size": (
+        lambda: mode.TransformerBlock(DIM, attention=mode.Attention(2 * DIM, 2, key=KEY), key=KEY),
+        rf"`attention` must be an `Attention` of dim={DIM} features",
+    ),
+    "an odd size of a head": (
+        lambda: mode.Attention(DIM, 2, head_dim=7, key=KEY),
+        "`head_dim` must be even.*head_dim=7",
+    ),
     "a layer in a delta": (
         lambda: mode.Delta(mode.Residual(block())),  # pyright: ignore[reportArgumentType]
         r"`module` of `Delta` must map .*, got a layer, `Residual`",
