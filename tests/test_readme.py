@@ -1,10 +1,15 @@
-"""The examples of each page run, in order, in one namespace, as a reader would paste them."""
+"""The examples of each page run, in order, in one namespace, as a reader would paste them.
+
+So do the files among the examples that assert something: compiled as a reader compiles them.
+"""
 
 import re
 from pathlib import Path
 
 import jax
 import pytest
+
+from tests.examples import CLAIMS, run_example
 
 
 README = Path(__file__).parents[1] / "README.md"
@@ -20,6 +25,11 @@ def test_the_examples_run(page: Path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_examples_that_assert(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example(path, capsys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

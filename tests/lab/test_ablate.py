@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from tests.lab.helpers import quiet, repeating_texts
 
 
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
+QUICK = True
 FLAGS = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
     *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),
@@ -48,6 +50,7 @@ def running(*words: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # compiled as quickly as here
     )
     try:
         yield process
@@ -101,13 +104,6 @@ def test_an_arm_differs_from_its_control_in_the_selector_alone() -> None:
         for router, control in zip(of_arm, of_control, strict=True):
             assert isinstance(control.select, mode.RandomChoice)
             assert (router.gate, router.capacity) == (control.gate, control.capacity)
-
-
-def test_the_arm_of_most_routers_is_causal_under_its_rule() -> None:
-    arm = arms.arm_named("mode-staged")
-    causal = arm.causal(arm.build(SIZE, key=jax.random.key(0)))
-    tokens = jax.random.randint(jax.random.key(1), (2, 48), 0, 257)
-    mode.testing.assert_causal(causal, tokens)
 
 
 def test_a_killed_run_keeps_finished_arms_and_the_same_command_goes_on(

@@ -13,21 +13,19 @@ from mode.lab import analysis_report
 from mode.lab.__main__ import main
 from mode.lab.analysis_report import AnalysisRecord
 from mode.lab.analyze import run_analysis
-from mode.lab.arms import arm_named
-from mode.lab.checkpoint import Checkpoints, Notes, TrainSettings
-from mode.lab.commands import Analysis, Training
+from mode.lab.commands import Analysis
 from mode.lab.data import Sequences, read_corpus
 from mode.lab.figures import STYLE
 from mode.lab.files import read_record
-from mode.lab.folder import claim
 from mode.lab.options import Size
 from mode.lab.passage import find_passage, glyphs, lines_of
 from mode.lab.routing_map import plot_generated
-from mode.lab.step import begin
 from tests.lab.helpers import LINE, documents, quiet, said, slow_class
+from tests.lab.runs import untrained
 
 
 SIZE = Size(dim=8, depth=4, heads=1, length=32, batch=3, experts=2, noop=1, capacity=0.25)
+QUICK = True
 
 
 # The passage.
@@ -72,21 +70,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "*.txt")
 
 
-def saved(out: Path, texts: str, arm: str) -> Path:
-    """Makes the folder of a run, of a model as it is before its first step."""
-    corpus = read_corpus(texts, length=SIZE.length)
-    options = Training(out, arm, steps=2, data=texts, size=SIZE)
-    settings = TrainSettings(options=options, corpus=corpus.fingerprint)
-    claim(out, settings)
-    state = begin(arm_named(arm), SIZE, options.recipe, seed=0)
-    notes = Notes(settings=settings, stream={}, losses=(8.0, 8.0))
-    Checkpoints(out / "checkpoints", 1).save(2, state, notes)
-    return out
-
-
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory, texts: str) -> Path:
-    return saved(tmp_path_factory.mktemp("staged") / "run [1]", texts, "mode-staged")
+    return untrained(tmp_path_factory.mktemp("staged") / "run [1]", texts, "mode-staged", SIZE)
 
 
 @pytest.fixture
@@ -137,12 +123,6 @@ def test_a_run_is_analysed_on_its_own_held_out_text(
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_the_same_seed_gives_the_same_numbers(staged: Path, tmp_path: Path) -> None:
-    records = [analysed(Analysis(staged, sequences=3, out=tmp_path / name))[1] for name in "ab"]
-    assert records[0] == records[1]
-
-
 @pytest.mark.parametrize(
     "text", ["x", "Überall 日本語,\tnaïve café; 42 \x00 Ωμέγα.\r\n" * 20 + 99 * "7"]
 )
@@ -169,7 +149,7 @@ def test_it_says_what_the_model_was_trained_on(staged: Path, tmp_path: Path, tex
 
 
 def test_a_dense_model_routes_nothing(tmp_path: Path, texts: str) -> None:
-    out = saved(tmp_path / "run", texts, "dense")
+    out = untrained(tmp_path / "run", texts, "dense", SIZE)
     printed, record = analysed(Analysis(out, sequences=4))
     assert "Nothing is routed" in printed
     assert record.routing_map is None

@@ -1,4 +1,4 @@
-"""A training that begins with more slots: its stages, its cost, and going on in the middle."""
+"""A training that begins with more slots: its stages, and its cost."""
 
 import dataclasses
 from fractions import Fraction
@@ -10,21 +10,16 @@ import numpy as np
 import pytest
 
 import mode
-from mode.lab import arms, budget, train
-from mode.lab.data import read_corpus
+from mode.lab import arms, budget
 from mode.lab.options import Recipe, Size, check_options
 from mode.lab.step import routing_cost, stages
 from tests.lab.helpers import repeating_texts
+from tests.lab.runs import trained
 
 
 SIZE = Size(dim=8, depth=2, heads=1, length=32, batch=2, experts=2, noop=1, capacity=0.25)
 RAMP = Recipe(ramp=0.5, ramp_stages=2)
-
-
-def trained(texts: str, arm: str, recipe: Recipe, **options: Any) -> train.Trained:
-    documents = read_corpus(texts, length=SIZE.length).train
-    rest = {"steps": 12, "seed": 0, "watch": lambda step, loss: None, **options}
-    return train.train(arms.arm_named(arm), SIZE, recipe, documents, **rest)
+QUICK = True
 
 
 def test_stages_of_a_recipe() -> None:
@@ -41,26 +36,6 @@ def test_stages_of_a_recipe() -> None:
     depths, experts = zip(*stages(RAMP, staged, 100).values(), strict=True)
     assert list(map(float, depths)) == [1.0, 0.5, 0.25]
     assert len(set(experts)) == 1
-
-
-@pytest.mark.parametrize("arm", ["mod", "mode-staged"])
-def test_going_on_anywhere_gives_the_same_run(arm: str, tmp_path: Path) -> None:
-    """Bit for bit, before, at and after each change of the capacity and of the rule."""
-    texts, saved = repeating_texts(tmp_path), []
-
-    def save(progress: train.Progress) -> None:
-        copied = jax.tree.map(np.array, progress.state)  # the next step is given the arrays
-        saved.append(dataclasses.replace(progress, state=copied))
-
-    saving = train.Saving(1, save)
-    whole = trained(texts, arm, RAMP, saving=saving)
-    assert len(saved) == 12
-    for progress in saved[::3] if arm == "mod" else saved[5:7]:
-        again = trained(texts, arm, RAMP, progress=progress)
-        assert again.losses == whole.losses
-        assert jax.tree.structure(again.model) == jax.tree.structure(whole.model)
-        pairs = zip(jax.tree.leaves(again.model), jax.tree.leaves(whole.model), strict=True)
-        assert all(np.array_equal(a, b) for a, b in pairs)
 
 
 def test_a_ramp_pays_for_what_it_uses() -> None:
@@ -93,7 +68,7 @@ def test_the_cost_is_of_depths_alone() -> None:
 def test_a_cost_makes_weights_smaller(tmp_path: Path) -> None:
     """It is trained with: a large one leaves small logits."""
     texts = repeating_texts(tmp_path)
-    models = [trained(texts, "mod", Recipe(router_cost=c)).model for c in (0.0, 10.0)]
+    models = [trained(texts, "mod", SIZE, Recipe(router_cost=c)).model for c in (0.0, 10.0)]
     tokens = jax.random.randint(jax.random.key(1), (4, 32), 97, 122)
     free, costly = (np.abs(np.asarray(model(tokens)[1][0].logits)).mean() for model in models)
     assert costly < 0.9 * free

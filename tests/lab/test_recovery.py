@@ -1,29 +1,24 @@
 """What routing is worth: arms at equal steps in an ablation, and the task that ends it."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mode
 from mode.lab import ablate
-from mode.lab.arms import arm_named
 from mode.lab.commands import Ablation, Rereport, Tasks
-from mode.lab.data import held_out_batches, read_corpus
-from mode.lab.evaluate import evaluate, without_updates
-from mode.lab.evidence.presets import sweep_arms
 from mode.lab.files import read_record
 from mode.lab.options import Size
 from mode.lab.recovery import recovery
 from mode.lab.report import Results
+from mode.lab.tasks.arms import TaskSize, train_and_score
 from tests.lab.helpers import quiet, repeating_texts, said
 
 
 SIZE = Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
+QUICK = True
 
 
 def test_recovery() -> None:
@@ -39,7 +34,11 @@ def test_an_ablation_ends_with_recovery_and_recall(
 ) -> None:
     """Runs of equal steps beside those of equal FLOPs; dense is the same run in both."""
     usual = ablate._recall
-    monkeypatch.setattr(ablate, "_recall", lambda a: dataclasses.replace(usual(a), steps=2))
+    # (Which arms it has is the next test's.)
+    fewer = {"steps": 2, "arms": ("dense", "random")}
+    monkeypatch.setattr(ablate, "_recall", lambda a: dataclasses.replace(usual(a), **fewer))
+    small = partial(train_and_score, size=TaskSize(dim=8, heads=2, batch=4))
+    monkeypatch.setattr("mode.lab.tasks.command.train_and_score", small)
     texts, out = repeating_texts(tmp_path), tmp_path / "out"
     arms = ("mod", "dense", "left-out", "moe")
     ablation = Ablation(out, texts, 0.02, arms, held_out=4, size=SIZE)
@@ -74,33 +73,3 @@ def test_recall_has_the_arms_of_the_readme() -> None:
     """One seed of four arms, in a folder of its own, with the recipe of the tasks."""
     tasks = ablate._recall(Ablation(Path("a")))
     assert tasks == Tasks(Path("a/recall"), arms=("dense", "oracle", "learned", "random"), seeds=1)
-
-
-@pytest.mark.parametrize("name", ["mod", "mod-sigmoid", "moe", "mode-staged", "mode-integrated"])
-def test_without_its_updates_a_model_is_its_dense_part(name: str) -> None:
-    """Every routing weight is 0, under any gate; a model of weight 0 by its logits is the same."""
-    model = sweep_arms(name)[0].build(SIZE, key=jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 256)
-    logits, routings = without_updates(model)(tokens)
-    assert not any(np.any(routing.weight) for routing in routings)
-    assert not np.allclose(logits, model(tokens)[0])
-    if name == "mod":
-        zeroed = mode.map_routers(
-            lambda r: eqx.tree_at(lambda r: r.scorer.weight, r, replace_fn=jnp.zeros_like), model
-        )
-        np.testing.assert_array_equal(logits, zeroed(tokens)[0])
-
-
-@pytest.mark.parametrize(("name", "has"), [("mod", True), ("mod-random", True), ("moe", False)])
-def test_arms_that_recover_are_evaluated_without_their_updates(
-    name: str, has: bool, tmp_path: Path
-) -> None:
-    arm, corpus = arm_named(name), read_corpus(repeating_texts(tmp_path), length=SIZE.length)
-    model = arm.build(SIZE, key=jax.random.key(0))
-    samples = held_out_batches(corpus.held_out, length=SIZE.length, batch=SIZE.batch, sequences=4)
-    results = evaluate(arm, model, samples, key=jax.random.key(1))
-    assert (results.bits_without is not None) == has
-    if results.bits_without is not None:
-        bare = without_updates(arm.causal(model))
-        again = evaluate(arm_named("dense"), bare, samples, key=jax.random.key(1))
-        assert results.bits_without == again.bits_top_k != results.bits_causal

@@ -1,6 +1,7 @@
 """The tasks with known answers: the sequences by a slow reading of each, arms, and the command."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -19,6 +20,8 @@ from mode.lab.tasks.records import read_results
 from mode.lab.tasks.sequences import arithmetic, copy, recall, task_named, with_oracle, words
 from tests.lab.helpers import quiet, said
 
+
+QUICK = True
 
 each_task = pytest.mark.parametrize("name", TASK_TEXTS)
 SMALL = TaskSize(dim=8, heads=2, batch=4)
@@ -178,7 +181,7 @@ def test_every_arm_trains(arm: str) -> None:
 def test_recall_is_learned() -> None:
     """A short training finds the questions; random selection gives all classes the same."""
     task = recall(length=32, pairs=2, keys=4)
-    learned, causal = train_and_score(task, "learned", TASK_RECIPE, steps=500, seed=0)
+    learned, causal = train_and_score(task, "learned", TASK_RECIPE, steps=300, seed=0)
     random, _ = train_and_score(task, "random", TASK_RECIPE, steps=100, seed=0)
     assert learned.hits["question"] > 0.8
     assert causal is not None
@@ -187,8 +190,10 @@ def test_recall_is_learned() -> None:
     assert max(random.hits.values()) - min(random.hits.values()) < 0.1
 
 
-def test_the_command_goes_on_and_reports(tmp_path: Path) -> None:
+def test_the_command_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished runs are kept, another density is refused, and `report` writes it all again."""
+    small = partial(train_and_score, size=SMALL)
+    monkeypatch.setattr("mode.lab.tasks.command.train_and_score", small)
     options = {"steps": 4, "recipe": Recipe(learning_rate=3e-3)}
     first = Tasks(tmp_path / "t", tasks=("copy",), arms=("dense", "learned"), seeds=1, **options)
     run_tasks(first, quiet())

@@ -23,7 +23,7 @@ from mode.lab.__main__ import main
 from mode.lab.files import DamagedFile, read_record
 from mode.lab.folder import read_settings
 from tests.lab.helpers import quiet, said
-from tests.lab.runs import FLAGS, SIZE, STEPS, losses, saved, training
+from tests.lab.runs import FLAGS, STEPS, losses, saved, training
 
 
 def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: str) -> None:
@@ -79,18 +79,6 @@ def test_a_signal_ends_a_run_after_a_save(
     assert run.load_run(tmp_path / "run", quiet()).steps < STEPS
     assert main(command) == 0
     assert "goes on from step" in capsys.readouterr().out
-
-
-def test_bfloat16_keeps_its_weights_in_float32(tmp_path: Path, texts: str) -> None:
-    """Activations alone are narrow; what is saved, and what the optimizer holds, is not."""
-    size = dataclasses.replace(SIZE, dtype="bfloat16")
-    narrow = dataclasses.replace(training(tmp_path / "run", texts, steps=2), size=size)
-    run.run_training(narrow, quiet())
-    assert all(map(math.isfinite, losses(tmp_path / "run")))
-    model = run.load_run(tmp_path / "run", quiet()).model
-    assert model.dtype == jnp.bfloat16
-    leaves = [leaf for leaf in jax.tree.leaves(model) if hasattr(leaf, "dtype")]
-    assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_a_finished_run_is_not_trained_again(whole: Path, texts: str) -> None:
@@ -360,7 +348,8 @@ def test_a_folder_of_any_name_from_any_place(
         [sys.executable, "-m", "mode.lab", *words],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        # It only evaluates, which is soon done in any program.
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert ended.returncode == 0, ended.stderr
     assert f"goes on from step {STEPS}" in ended.stdout
