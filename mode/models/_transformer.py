@@ -163,11 +163,15 @@ class Transformer(eqx.Module):
                 f"sequence, the learned positions of the model, got {tokens}."
             )
 
-    def embed(self, tokens: Ids, info: TokenInfo) -> Hidden:
-        """Maps token ids to hidden states, as the first layer takes them."""
+    def embed(self, tokens: Ids, info: TokenInfo | None = None) -> Hidden:
+        """Maps token ids to hidden states, as the first layer takes them.
+
+        `info` has their positions, if the model learned some; by default they are plain.
+        """
         x = _rows(self.embedding, tokens).astype(self.dtype) * self.embedding_scale
         if self.position_embedding is not None:
-            x += _rows(self.position_embedding, info.positions).astype(self.dtype)
+            positions = resolve_info(tokens[..., None], info).positions
+            x += _rows(self.position_embedding, positions).astype(self.dtype)
         return shard_batch(x)
 
     def unembed(self, x: Float[Array, "*axes dim"]) -> Float[Array, "*axes vocab"]:

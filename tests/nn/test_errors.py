@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mode.TransformerBlock(DIM, attention=mode.Attention(2 * DIM, 2, key=KEY), key=KEY),
         rf"`attention` must be an `Attention` of dim={DIM} features",
     ),
-    "an odd size of a head": (
+    "an odd size of a head by name": (
         lambda: mode.Attention(DIM, 2, head_dim=7, key=KEY),
         "`head_dim` must be even.*head_dim=7",
     ),
