@@ -34,20 +34,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not _is_quick(getattr(item, "module", None)))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles as users do, unless a file says `QUICK = True`.
 
     Fusion changes the last bits of numbers. So claims of equal bits, of causality and of decoding
     are tested with it; files of errors, shapes and tolerances may leave it out and compile faster.
+    This runs before every fixture, as one of the session may train what a test compares bit for
+    bit.
     """
-    quick = _is_quick(request.module)
+    quick = _is_quick(getattr(item, "module", None))
     if quick != _compiled_quickly[-1]:
         jax.clear_caches()  # another file may have compiled the same programs the other way
         _compiled_quickly.append(quick)
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Keeps the number of compiled programs low, file by file."""
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     _drop_programs()
 
 
