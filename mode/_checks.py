@@ -37,6 +37,13 @@ def check_count(name: str, value: object, least: int) -> int:
     return count
 
 
+def check_positive(name: str, value: object) -> float:
+    """Returns `value`, a finite number above 0."""
+    if isinstance(value, bool) or not (is_finite(value) and value > 0):  # pyright: ignore
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+    return float(value)  # pyright: ignore[reportArgumentType]
+
+
 def check_instance(name: str, value: object, kind: type, example: str) -> None:
     """Checks that `value` is an instance of the strategy `kind`, such as `example`."""
     if not isinstance(value, kind):

@@ -13,20 +13,24 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._dtypes import float32_or_wider
 
 
-def project(
-    x: Float[Array, "*axes in_features"], weight: Float[Array, "in_features out_features"]
-) -> Float[Array, "*axes out_features"]:
-    """Multiplies `x @ weight` in the dtype of `x`, as one product of two matrices."""
-    # The gradient of a product that contracts one axis takes half as long on XLA's CPU backend.
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
-    return (rows @ weight.astype(x.dtype)).reshape(*x.shape[:-1], weight.shape[-1])
-
-
 def along_last(
     vector: Float[Array, " features"], x: Float[Array, "*axes features"]
 ) -> Float[Array, "*ones features"]:
     """Gives a vector the dtype and the number of axes of `x`, to multiply or add it."""
     return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
+
+
+def project(
+    x: Float[Array, "*axes in_features"],
+    weight: Float[Array, "in_features out_features"],
+    bias: Float[Array, " out_features"] | None = None,
+) -> Float[Array, "*axes out_features"]:
+    """Multiplies `x @ weight` in the dtype of `x`, as one product of two matrices, and adds a bias
+    where there is one."""
+    # The gradient of a product that contracts one axis takes half as long on XLA's CPU backend.
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 2 else x
+    product = (rows @ weight.astype(x.dtype)).reshape(*x.shape[:-1], weight.shape[-1])
+    return product if bias is None else product + along_last(bias, product)
 
 
 class Linear(eqx.Module):
@@ -52,8 +56,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out_features, jnp.float32) if use_bias else None
 
     def __call__(self, x: Float[Array, "*axes in_features"]) -> Float[Array, "*axes out_features"]:
-        product = project(x, self.weight)
-        return product if self.bias is None else product + along_last(self.bias, product)
+        return project(x, self.weight, self.bias)
 
 
 class RMSNorm(eqx.Module):

@@ -15,7 +15,12 @@ from ._transformer import Transformer
 
 def list_layers(model: Transformer) -> list[Layer]:
     """Returns the layers of a model from bottom to top, each with arrays of its own."""
-    return [layer for stack in unstack_layers(model).stacks for layer in _first(stack).layers]
+    return [
+        layer
+        for stack in model.stacks
+        for repeat in range(stack.repeats)
+        for layer in _repeats(stack, repeat)
+    ]
 
 
 def unstack_layers(model: Transformer) -> Transformer:
@@ -24,13 +29,11 @@ def unstack_layers(model: Transformer) -> Transformer:
     A scan slices each layer's parameters and caches out of the stacked ones, which at one token per
     step costs more than the layer. Compiling takes longer in proportion to the depth.
     """
-
-    def one(stack: LayerStack, repeat: int) -> LayerStack:
-        arrays, rest = eqx.partition(stack.layers, eqx.is_array)
-        arrays = jax.tree.map(lambda leaf: leaf[repeat : repeat + 1], arrays)
-        return LayerStack(1, eqx.combine(arrays, rest), stack.remat)
-
-    stacks = tuple(one(stack, repeat) for stack in model.stacks for repeat in range(stack.repeats))
+    stacks = tuple(
+        LayerStack(1, _repeats(stack, slice(repeat, repeat + 1)), stack.remat)
+        for stack in model.stacks
+        for repeat in range(stack.repeats)
+    )
     return eqx.tree_at(lambda m: m.stacks, model, stacks)
 
 
@@ -58,9 +61,10 @@ def with_layers(model: Transformer, layers: Sequence[Layer]) -> Transformer:
     return eqx.tree_at(lambda m: m.stacks, model, tuple(stacks))
 
 
-def _first(stack: LayerStack) -> LayerStack:
+def _repeats(stack: LayerStack, which: int | slice) -> tuple[Layer, ...]:
+    """The layers of a period in one repeat, or in some of them."""
     arrays, rest = eqx.partition(stack.layers, eqx.is_array)
-    return LayerStack(1, eqx.combine(jax.tree.map(lambda leaf: leaf[0], arrays), rest), stack.remat)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf[which], arrays), rest)
 
 
 def _stacked(layers: Sequence[Layer]) -> Layer:

@@ -123,7 +123,8 @@ class Transformer(eqx.Module):
             )
         info = resolve_info(tokens[..., None], info)
         self.check_ids("tokens", tokens, info.valid)
-        if is_known(info.positions) and is_known(info.valid):
+        is_learned = self.position_embedding is not None
+        if is_learned and is_known(info.positions) and is_known(info.valid):
             last = int(np.max(np.asarray(info.positions), where=np.asarray(info.valid), initial=0))
             self.check_length("info", last + 1)
         caches = (Cache.empty(),) * len(self.stacks)

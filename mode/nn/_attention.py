@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import can_be_called, check_count, check_hidden, is_finite, type_name
-from .._linear import Linear, MakeNorm, Norm, along_last, project
+from .._linear import Linear, MakeNorm, Norm, project
 from .._token_info import TokenInfo
 from .._types import Gathered, GatheredIds, Hidden, Key, Keys as KeyHeads, Queries, QueryIndex
 from ..parallel import role_field
@@ -173,11 +173,9 @@ class Attention(AbstractKeyedBlock):
         """Projects to some of the heads, of which the queries' come first, then the keys'."""
         dim, size = rows.shape[-1], self.head_dim
         weight = self.qkv.weight.reshape(dim, -1, size)[:, some].reshape(dim, -1)
-        product = project(rows, weight)
-        if self.qkv.bias is not None:
-            bias = self.qkv.bias.reshape(-1, size)[some].reshape(-1)
-            product = product + along_last(bias, product)
-        return product.reshape(*rows.shape[:-1], -1, size)
+        bias = self.qkv.bias
+        bias = None if bias is None else bias.reshape(-1, size)[some].reshape(-1)
+        return project(rows, weight, bias).reshape(*rows.shape[:-1], -1, size)
 
     def _out(self, mixed: Queries, like: Hidden) -> Hidden:
         return self.out(mixed.reshape(*mixed.shape[:-2], -1)).reshape(like.shape)

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import is_finite
+from .._checks import check_positive
 from .._dtypes import float32_or_wider
 from .._types import Ids
 
@@ -32,7 +32,7 @@ class LinearRopeScaling(AbstractRopeScaling):
     factor: float = eqx.field(static=True)
 
     def __check_init__(self):
-        _check_positive(self, "factor")
+        check_positive("factor", self.factor)
 
     def __call__(self, frequency: Frequencies) -> Frequencies:
         """See `AbstractRopeScaling`."""
@@ -64,7 +64,7 @@ class Llama3RopeScaling(AbstractRopeScaling):
 
     def __check_init__(self):
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
-            _check_positive(self, name)
+            check_positive(name, getattr(self, name))
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 "`low_freq_factor` must be below `high_freq_factor`, got "
@@ -77,12 +77,6 @@ class Llama3RopeScaling(AbstractRopeScaling):
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = jnp.clip(kept, 0, 1)
         return (1 - kept) * frequency / self.factor + kept * frequency
-
-
-def _check_positive(scaling: AbstractRopeScaling, name: str) -> None:
-    value = getattr(scaling, name)
-    if not (is_finite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
 
 
 def rope(

@@ -6,7 +6,7 @@ Every key is used, stands for nothing that changes the function, or is refused b
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .._checks import check_count, is_finite
+from .._checks import check_count, check_positive
 from ..nn import AbstractRopeScaling, LinearRopeScaling, Llama3RopeScaling
 from ._config import Config
 
@@ -103,10 +103,7 @@ class _Values:
         return None if value is None else check_count(name, value, 1)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        value = self.take(name, default)
-        if isinstance(value, bool) or not (is_finite(value) and value > 0):
-            raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
-        return float(value)
+        return check_positive(name, self.take(name, default))
 
     def check_all_used(self, ignored: Collection[str]) -> None:
         for name, allowed in _ONLY.items():
