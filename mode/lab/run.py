@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import mode
+from mode.routing import count_parameters
 
 from . import interrupts
 from .arms import Arm, arm_named
@@ -23,7 +24,7 @@ from .devices import by_lead, device_names, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
 from .files import FloatOrNaN, Record, read_record, write_record
 from .folder import check_claim, check_out, check_same, claim, read_settings
-from .options import Size, absolute_glob
+from .options import absolute_glob
 from .step import TrainState, begin
 from .train import Progress, Saving, train
 
@@ -82,7 +83,8 @@ def run_training(training: Training, console: Console) -> None:
     corpus = read_corpus(training.data, length=training.size.length)
     with on(training.devices, batch=training.size.batch) as mesh:
         console.quiet = not is_lead()
-        say(console, f"{device_names()}; {_parameters(arm, training.size):,} parameters; {corpus}.")
+        parameters = count_parameters(arm.shapes(training.size))
+        say(console, f"{device_names()}; {parameters:,} parameters; {corpus}.")
         tokens, every = training.size.batch * training.size.length, training.log_every
         with (
             progress(console, 1) as bars,
@@ -93,11 +95,6 @@ def run_training(training: Training, console: Console) -> None:
         if arm.samples:
             command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
             say(console, f"To sample from it:\n    {command}")
-
-
-def _parameters(arm: Arm, size: Size) -> int:
-    model = arm.shapes(size)
-    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, mode.is_trainable(model))))
 
 
 def train_arm(

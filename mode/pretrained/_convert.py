@@ -102,12 +102,7 @@ def convert(
         redrawn=float(redrawn),
     )
     own = list_layers(model)
-    numbers = [check_count("layers", number, 0) for number in layers]
-    if len(set(numbers)) < len(numbers) or not numbers or max(numbers) >= len(own):
-        raise ValueError(
-            f"`layers` must be different numbers from 0 to {len(own) - 1}, at least one, got "
-            f"{numbers}."
-        )
+    numbers = check_layers(layers, len(own))
     for number, layer_key in zip(numbers, jax.random.split(key, len(numbers)), strict=True):
         block = getattr(own[number], "block", None)
         if not (isinstance(own[number], Residual) and isinstance(block, TransformerBlock)):
@@ -117,6 +112,17 @@ def convert(
             )
         own[number] = map_routers(_with_normed_scorer, make(block, options, layer_key))
     return with_layers(model, own)
+
+
+def check_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Returns the numbers of layers to route, different ones that a model of this depth has."""
+    numbers = [check_count("layers", number, 0) for number in layers]
+    if len(set(numbers)) < len(numbers) or not numbers or max(numbers) >= depth:
+        raise ValueError(
+            f"`layers` must be different numbers from 0 to {depth - 1}, at least one, got "
+            f"{numbers}."
+        )
+    return numbers
 
 
 def _with_normed_scorer(router: Router) -> Router:

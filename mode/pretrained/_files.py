@@ -20,11 +20,10 @@ from .._dtypes import is_shaped
 from ..models import Transformer
 from ..parallel import PARAMETER_RULES, Rules, named_shardings
 from ._config import Config, build, config_of
-from ._folder import INDEX, SINGLE, new_folder, read_folder
+from ._folder import INDEX, SINGLE, folder_names, new_folder, read_folder
 from ._gguf import read_gguf
 from ._json_config import from_json, to_json
-from ._names import GPT2, LLAMA, Names
-from ._sources import Tensor, check_sources, find_sources, read_array, write_tensors
+from ._sources import Source, Tensor, check_sources, find_sources, read_array, write_tensors
 
 
 def load(
@@ -60,10 +59,8 @@ def load(
     >>> import mode
     >>> model = mode.pretrained.load("SmolLM2-135M.gguf")  # doctest: +SKIP
     """
-    config, tensors, names = _open(Path(path).expanduser(), ignored)
-    model = eqx.filter_eval_shape(build, config, dtype, remat, jax.random.key(0))
-    sources = find_sources(model, config, names)
-    check_sources(sources, tensors, names)
+    opened = open_model(path, ignored)
+    model = opened.shapes(dtype, remat)
     arrays, rest = eqx.partition(model, is_shaped)
     leaves, structure = jax.tree.flatten(arrays)
     if mesh is None:
@@ -76,11 +73,13 @@ def load(
     def read(source: Any, sharding: Any) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            return read_array(source, tensors, parameter_dtype, index)
+            return read_array(source, opened.tensors, parameter_dtype, index)
 
         return jax.make_array_from_callback(source.shape, sharding, part)
 
-    loaded = [read(source, sharding) for source, sharding in zip(sources, shardings, strict=True)]
+    loaded = [
+        read(source, sharding) for source, sharding in zip(opened.sources, shardings, strict=True)
+    ]
     return eqx.combine(jax.tree.unflatten(structure, loaded), rest)
 
 
@@ -89,23 +88,49 @@ def load_shapes(path: str | Path, *, ignored: Collection[str] = ()) -> Transform
 
     **Raises:** `ValueError` as `load`.
     """
-    config, tensors, names = _open(Path(path).expanduser(), ignored)
-    model = eqx.filter_eval_shape(build, config, jnp.float32, False, jax.random.key(0))
-    check_sources(find_sources(model, config, names), tensors, names)
-    return model
+    return open_model(path, ignored).shapes(jnp.float32, False)
 
 
-def _open(path: Path, ignored: Collection[str]) -> tuple[Config, Mapping[str, Tensor], Names]:
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model's file or folder: checked, and not read yet but for its configuration.
+
+    `sources` say where each array stands among the tensors. `values` are those of a GGUF file,
+    which has the tokenizer among them.
+    """
+
+    config: Config
+    tensors: Mapping[str, Tensor]
+    sources: list[Source]
+    values: Mapping[str, Any]
+
+    def shapes(self, dtype: DTypeLike, remat: bool) -> Transformer:
+        """The model with shapes instead of numbers."""
+        return eqx.filter_eval_shape(build, self.config, dtype, remat, jax.random.key(0))
+
+
+def open_model(path: str | Path, ignored: Collection[str] = ()) -> OpenedModel:
+    """Opens a file or a folder, and checks that its tensors are those of its configuration.
+
+    **Raises:** `ValueError` as `load`.
+    """
+    path = Path(path).expanduser()
     if path.is_dir():
-        return read_folder(path, ignored)
-    if not path.is_file():
+        config, tensors, names = read_folder(path, ignored)
+        values: dict[str, Any] = {}
+    elif not path.is_file():
         raise ValueError(f"`path` must be a folder or a GGUF file, got {path}, which is neither.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(
-                f"`path` must be a GGUF file or the folder with `config.json`, got {path}."
-            )
-    return read_gguf(path)
+    else:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(
+                    f"`path` must be a GGUF file or the folder with `config.json`, got {path}."
+                )
+        config, tensors, names, values = read_gguf(path)
+    model = eqx.filter_eval_shape(build, config, jnp.float32, False, jax.random.key(0))
+    sources = find_sources(model, config, names)
+    check_sources(sources, tensors, names)
+    return OpenedModel(config, tensors, sources, values)
 
 
 def save(
@@ -131,7 +156,7 @@ def save(
     from safetensors.numpy import save_file
 
     config = _known_config(model)
-    sources = find_sources(model, config, GPT2 if config.family == "gpt2" else LLAMA)
+    sources = find_sources(model, config, folder_names(config))
     values = {**to_json(config), "torch_dtype": str(model.embedding.dtype)}
     leaves = jax.tree.leaves(eqx.filter(model, is_shaped))
     sizes = {

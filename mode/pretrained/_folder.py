@@ -2,11 +2,11 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_installed
@@ -41,7 +41,7 @@ def read_folder(
     **Raises:** `ValueError` for a folder that holds no model, or one that cannot be read.
     """
     config = from_json(read_json(path / "config.json"), ignored)
-    names = GPT2 if config.family == "gpt2" else LLAMA
+    names = folder_names(config)
     tensors: dict[str, FolderTensor] = {}
     for file, expected in _files(path).items():
         opened = _open(path / file)
@@ -60,6 +60,11 @@ def read_folder(
     if config.tied:  # some files repeat the embedding under the name of the head
         tensors.pop(f"{LLAMA.model['head']}.weight", None)
     return config, tensors, names
+
+
+def folder_names(config: Config) -> Names:
+    """Returns the names of the tensors in a folder."""
+    return GPT2 if config.family == "gpt2" else LLAMA
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,8 +110,7 @@ def _open(path: Path) -> Any:
     check_installed("safetensors", "pretrained")
     from safetensors import SafetensorError, safe_open
 
-    # The dtype bfloat16 of NumPy is that of `ml_dtypes`, which JAX has registered.
-    assert np.dtype(jnp.bfloat16)
+    # It makes bfloat16 arrays by the dtype that JAX has registered with NumPy.
     try:
         return safe_open(path, framework="numpy").__enter__()
     except (SafetensorError, OSError) as error:
@@ -128,8 +132,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"`folder` must be new or empty, got {path}, which holds files.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as written:
         folder = Path(written) / "folder"
         folder.mkdir()

@@ -41,13 +41,22 @@ class FormOptions:
 Form = Callable[[TransformerBlock, FormOptions, PRNGKeyArray], Layer]
 
 
-def _parts(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray, routed: str) -> Layer:
-    """Attention and feed-forward, those named routed apart."""
-    layers = []
-    for name, part, part_key in zip(_PARTS, block.split(), jax.random.split(key), strict=True):
-        is_routed = name in routed
-        layers.append(_depths(block, part, options, part_key) if is_routed else Residual(part))
-    return Sequential(layers)
+def _parts(
+    block: TransformerBlock,
+    options: FormOptions,
+    key: PRNGKeyArray,
+    *,
+    attention: bool = False,
+    feedforward: bool = False,
+) -> Layer:
+    """Attention and feed-forward apart, either of them routed."""
+    parts = zip(block.split(), (attention, feedforward), jax.random.split(key), strict=True)
+    return Sequential(
+        [
+            _depths(block, part, options, part_key) if is_routed else Residual(part)
+            for part, is_routed, part_key in parts
+        ]
+    )
 
 
 def _queries(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) -> Layer:
@@ -60,15 +69,14 @@ def _staged(block: TransformerBlock, options: FormOptions, key: PRNGKeyArray) ->
     return _depths(block, _upcycled(block, options, 0, expert_key), options, router_key)
 
 
-_PARTS = ("attention", "feedforward")
 FORMS: dict[str, Form] = {
     # The whole block for some tokens; with keys and values of all.
     "mod": lambda block, options, key: _depths(block, block, options, key),
     "mod-queries": _queries,
     # The parts of a block.
-    "mod-attention": partial(_parts, routed="attention"),
-    "mod-feedforward": partial(_parts, routed="feedforward"),
-    "mod-both": partial(_parts, routed="attention and feedforward"),
+    "mod-attention": partial(_parts, attention=True),
+    "mod-feedforward": partial(_parts, feedforward=True),
+    "mod-both": partial(_parts, attention=True, feedforward=True),
     # Experts, without and with no-ops, for all tokens; and inside a block for some tokens.
     "moe": lambda block, options, key: Residual(_upcycled(block, options, 0, key)),
     "mode-integrated": lambda block, options, key: Residual(

@@ -13,14 +13,13 @@ from ._config import Config
 from ._names import GGUF, GGUF_GPT2, Names
 
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
+_FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
 # Keys of an architecture that say nothing about the function of the model.
 _IGNORED = {"context_length", "vocab_size", "rope.dimension_count", "attention.causal"}
 _IGNORED |= {"rope.scaling.original_context_length", "rope.scaling.finetuned"}
 _IGNORED |= {"attention.key_length", "attention.value_length"}  # checked with the tensors
-# The scaling of Llama 3.1 and later is stored as divisors alone; these made them.
+# Rows that are made float32 at once: the package takes several times their memory.
 _ROWS = 2048
-_LLAMA3 = ((1.0, 4.0, 8192),)
 
 
 class GGUFTensor:
@@ -45,19 +44,19 @@ class GGUFTensor:
         data = self._tensor.data
         some = data[rows] if self._order is None else data[self._order[rows]]
         result = np.empty((len(some), *self.shape[1:]), np.float32)
-        for start in range(0, len(some), _ROWS):  # the package takes several times their memory
+        for start in range(0, len(some), _ROWS):
             part = slice(start, start + _ROWS)
             result[part] = dequantize(some[part], self._tensor.tensor_type)
         return result
 
 
-def read_gguf(path: Path) -> tuple[Config, dict[str, GGUFTensor], Names]:
-    """Returns the shape of the model in a file, its tensors by name, and their names.
+def read_gguf(path: Path) -> tuple[Config, dict[str, GGUFTensor], Names, dict[str, Any]]:
+    """Returns the shape of the model in a file, its tensors by name, their names, and all values.
 
     **Raises:** `ValueError` for a file that cannot be read, a model or a number format that this
     library does not have.
     """
-    values, tensors = read_parts(path)
+    values, tensors = _read_parts(path)
     if values.get("split.count", 0) > 1:
         raise ValueError(f"`path` must be one whole GGUF file, got a part of several, {path}.")
     config = _config(values, tensors)
@@ -73,10 +72,10 @@ def read_gguf(path: Path) -> tuple[Config, dict[str, GGUFTensor], Names]:
             order = rows.reshape(pairs).swapaxes(1, 2).reshape(-1)
         found[name] = GGUFTensor(tensor, order)
     _check_formats(found)
-    return config, found, GGUF_GPT2 if config.family == "gpt2" else GGUF
+    return config, found, GGUF_GPT2 if config.family == "gpt2" else GGUF, values
 
 
-def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the values and the tensors of a file, which is mapped into memory."""
     check_installed("gguf", "pretrained")
     from gguf import GGUFReader
@@ -101,23 +100,22 @@ def _check_formats(tensors: dict[str, GGUFTensor]) -> None:
 
 
 def _config(values: dict[str, Any], tensors: dict[str, Any]) -> Config:
-    architecture = values.get("general.architecture")
-    if architecture not in _FAMILIES:
+    family = values.get("general.architecture")
+    if family not in _FAMILIES:
         raise ValueError(
             "`general.architecture` of a GGUF file must be one of "
-            f"{', '.join(_FAMILIES)}, got {architecture!r}."
+            f"{', '.join(_FAMILIES)}, got {family!r}."
         )
-    family = _FAMILIES[architecture]
     own = {
-        name.removeprefix(f"{architecture}."): value
+        name.removeprefix(f"{family}."): value
         for name, value in values.items()
-        if name.startswith(f"{architecture}.")
+        if name.startswith(f"{family}.")
     }
 
     def take(name: str, default: Any = None) -> Any:
         value = own.pop(name, default)
         if value is None:
-            raise ValueError(f"a GGUF file must have the key `{architecture}.{name}`, it lacks it.")
+            raise ValueError(f"a GGUF file must have the key `{family}.{name}`, it lacks it.")
         return value
 
     dim, heads, depth = (
@@ -153,7 +151,7 @@ def _config(values: dict[str, Any], tensors: dict[str, Any]) -> Config:
     if left:
         raise ValueError(
             "a GGUF file must have known keys alone, got "
-            f"{', '.join(left)} of {architecture}, which this library lacks."
+            f"{', '.join(left)} of {family}, which this library lacks."
         )
     return config
 
@@ -176,11 +174,11 @@ def _scaling(
         return None
     divisors = np.asarray(tensors["rope_freqs.weight"].data, np.float32)
     frequency = theta ** -(np.arange(head_dim // 2) / (head_dim // 2))
-    for numbers in _LLAMA3:
-        scaling = Llama3RopeScaling(float(divisors.max()), *numbers)
-        expected = frequency / np.asarray(scaling(jnp.asarray(frequency, jnp.float32)))
-        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4):
-            return scaling
+    # The scaling of Llama 3.1 and later, stored as divisors alone; the defaults made them.
+    scaling = Llama3RopeScaling(float(divisors.max()))
+    expected = frequency / np.asarray(scaling(jnp.asarray(frequency, jnp.float32)))
+    if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4):
+        return scaling
     raise ValueError(
         "`rope_freqs.weight` must be the divisors of Llama 3, got others, which this library lacks."
     )

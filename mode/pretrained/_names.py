@@ -17,7 +17,7 @@ class Names(NamedTuple):
     - `block`: of modules inside a block.
     - `transposed`: whether matrices are stored as `[out, in]`.
     - `ignored`: ends of names that hold no parameters.
-    - `prefixes`: that a file may leave out of every name.
+    - `prefix`: that a file may leave out of every name.
     """
 
     model: dict[str, str]

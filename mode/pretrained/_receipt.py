@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from .._dtypes import is_shaped
-from .._types import Ids
+from .._types import Ids, Scalar
 from ..decoding import DecodeState, prefill
 from ..flops import count_flops
 from ..models import Transformer
-from ..routing import is_trainable, make_causal
+from ..routing import count_parameters, make_causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +64,23 @@ def compare(before: Transformer, after: Transformer, tokens: Ids) -> Receipt:
             f"got vocabularies of {vocabularies} and tokens of shape {tokens.shape}."
         )
 
-    @eqx.filter_jit
-    def difference(before: Transformer, after: Transformer) -> jax.Array:
-        logits, changed = before(tokens)[0], after(tokens)[0]
-        return jnp.linalg.norm(changed - logits) / jnp.linalg.norm(logits)
-
     def flops(model: Transformer) -> float:
         return count_flops(model, tokens).total / tokens.size
 
     length = tokens.shape[-1]
     return Receipt(
-        difference=float(difference(before, after)),
-        parameters=(_size(before), _size(after)),
+        difference=float(logit_difference(before, after, tokens)),
+        parameters=(count_parameters(before), count_parameters(after)),
         flops_per_token=(flops(before), flops(after)),
         cache_bytes=(_cache_bytes(before, length), _cache_bytes(after, length)),
     )
 
 
-def _size(model: Transformer) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, is_trainable(model))))
+@eqx.filter_jit
+def logit_difference(before: Transformer, after: Transformer, tokens: Ids) -> Scalar:
+    """The norm of the difference of two models' logits over that of the first's."""
+    logits, changed = before(tokens)[0], after(tokens)[0]
+    return jnp.linalg.norm(changed - logits) / jnp.linalg.norm(logits)
 
 
 def _cache_bytes(model: Transformer, length: int) -> int:

@@ -1,11 +1,11 @@
 """Tokenizers that come with models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_installed
-from ._files import load_shapes
-from ._gguf import read_parts
+from ._files import open_model
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     path = Path(path).expanduser()
-    vocab = load_shapes(path).embedding.shape[0]
+    opened = open_model(path)
     if path.is_dir():
         file = path / "tokenizer.json"
         if not file.is_file():
@@ -59,8 +59,9 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
                 f"tokenizer.json must hold a tokenizer, got {file}: {error}."
             ) from error
     else:
-        tokenizer = _from_gguf(read_parts(path)[0])
+        tokenizer = _from_gguf(opened.values)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
+    vocab = opened.config.vocab
     if size > vocab:
         raise ValueError(
             f"the tokenizer must have at most {vocab} tokens, the vocabulary of the model, got "
@@ -69,7 +70,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     return tokenizer
 
 
-def _from_gguf(values: dict[str, Any]) -> "Tokenizer":
+def _from_gguf(values: Mapping[str, Any]) -> "Tokenizer":
     from tokenizers import (
         AddedToken,
         Regex,

@@ -56,6 +56,7 @@ from ._sequence_selectors import (
 )
 from ._state_update import update_router_state as update_router_state
 from ._surgery import (
+    count_parameters as count_parameters,
     is_trainable as is_trainable,
     map_router_routings as map_router_routings,
     map_routers as map_routers,

@@ -61,6 +61,11 @@ def is_trainable(model: PyTree) -> PyTree[bool]:
     return jax.tree.map(decide, model, is_leaf=lambda node: isinstance(node, RouterState))
 
 
+def count_parameters(model: PyTree) -> int:
+    """Returns how many numbers of a model, or of its shapes, are parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, is_trainable(model))))
+
+
 def outer_axes(routing: Routing, layers: int) -> int:
     """Returns how many axes were put before the `layers` axes of stacked layers."""
     return max(0, routing.valid.ndim - 1 - routing.group_axes - layers)
