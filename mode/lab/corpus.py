@@ -11,11 +11,12 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt
+from numpy.typing import DTypeLike
 
 
 DOCUMENT_START = 256
@@ -192,5 +193,12 @@ def _documents(files: Mapping[str, bytes]) -> Documents:
         np.concatenate([start, np.frombuffer(content, np.uint8).astype(np.uint16)])
         for content in files.values()
     ]
+    return end_to_end(files, pieces, np.uint16)
+
+
+def end_to_end(
+    names: Iterable[str], pieces: Sequence[UInt[np.ndarray, " _"]], dtype: DTypeLike
+) -> Documents:
+    """Lays the tokens of documents end to end."""
     starts = np.cumsum([0, *map(len, pieces)])[: len(pieces)]
-    return Documents(tuple(files), np.concatenate([np.zeros(0, np.uint16), *pieces]), starts)
+    return Documents(tuple(names), np.concatenate([np.zeros(0, dtype), *pieces]), starts)

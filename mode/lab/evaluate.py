@@ -98,20 +98,20 @@ def _loss(
     return loss, jnp.sum(batch.weights), routings
 
 
-def _run(
-    model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray, mesh: Mesh | None
+def held_out_loss(
+    model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray, mesh: Mesh | None = None
 ) -> tuple[float, int, Routings]:
-    """Bits per byte, bytes, and the routings of all batches as if of one."""
+    """Nats per token, tokens, and the routings of all batches as if of one."""
     results = []
     for number, sample in enumerate(samples):
         rows = feed({name: x[own_rows(len(x))] for name, x in sample.items()}, mesh)
         results.append(to_host(_loss(model, rows, jax.random.fold_in(key, number))))
     losses, weights = np.array([numbers for *numbers, _ in results], float).T
-    bits = float(np.sum(losses * weights) / np.sum(weights) / math.log(2))
+    loss = float(np.sum(losses * weights) / np.sum(weights))
     # Axis 0 is the layers that are scanned over, axis 1 the batch.
     parts = (routings for *_, routings in results)
     routings = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
-    return bits, int(weights.sum()), routings
+    return loss, int(weights.sum()), routings
 
 
 def evaluate(
@@ -127,16 +127,19 @@ def evaluate(
     Precision and recall are computed at the hidden states of the top-k run. At those of the causal
     run the two rules would decide about different tokens from the second routed layer on.
     """
-    bits, count, routings = _run(model, samples, key, mesh)
+    nats, count, routings = held_out_loss(model, samples, key, mesh)
+    bits = nats / math.log(2)
     if not routings:
         return Evaluation(bits, bits, count)
     causal_model, without = arm.causal(model), None
-    causal_bits, _, causal_routings = _run(causal_model, samples, key, mesh)
+    causal_nats, _, causal_routings = held_out_loss(causal_model, samples, key, mesh)
     if arm.recovers:
-        without, *_ = _run(without_updates(causal_model), samples, key, mesh)
+        nats, *_ = held_out_loss(without_updates(causal_model), samples, key, mesh)
+        without = nats / math.log(2)
     numbers = jax.tree.map(float, _compare(arm.rule, model, routings, causal_routings))
     reports = tuple(RouterReport(*row) for row in numbers)
     snippet = _snippet(samples, routings[0], causal_routings[0])
+    causal_bits = causal_nats / math.log(2)
     return Evaluation(bits, causal_bits, count, reports, snippet, without)
 
 

@@ -71,8 +71,13 @@ def next_byte_loss(
 ) -> tuple[Scalar, Routings]:
     """Mean cross entropy in nats over the targets that count, and the routings."""
     logits, routings = model(batch.inputs, batch.info, key=key)
+    return cross_entropy(logits, batch), routings
+
+
+def cross_entropy(logits: Float[Array, "batch tokens vocab"], batch: Batch) -> Scalar:
+    """Mean cross entropy of given logits in nats over the targets that count."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1), routings
+    return jnp.sum(losses * batch.weights) / jnp.maximum(jnp.sum(batch.weights), 1)
 
 
 def loss_and_gradient(

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import mode
 
 from .arms import Arm, Size
 from .console import Watch
-from .data import Batch, Documents, batches
+from .data import Batch, Documents, Sample, batches
 from .devices import feed, on_any
 from .step import Health, Recipe, TrainState, begin, learning_rates, make_step, stages
 
@@ -176,12 +176,19 @@ def _calibrated(
     seed: int,
     mesh: Mesh | None,
 ) -> mode.Transformer:
-    """The model with thresholds of the routers as they are now, from some thousand tokens."""
+    """The model with thresholds of the routers as they are now, if they are what it is for."""
     if not isinstance(arm.rule, mode.QuantileThreshold):
         return model
-    stream, to_batch = _own_batches(documents, size, seed + 1), eqx.filter_jit(Batch.of)
-    count = math.ceil(_CALIBRATION / (size.batch * size.length))
-    made = [to_batch(feed(next(stream), mesh)) for _ in range(count)]
+    stream = _own_batches(documents, size, seed + 1)
+    return calibrate(model, stream, size.batch * size.length, mesh)
+
+
+def calibrate(
+    model: mode.Transformer, stream: Iterator[Sample], tokens: int, mesh: Mesh | None = None
+) -> mode.Transformer:
+    """Sets thresholds of the routers from some thousand tokens, of so many in a batch."""
+    to_batch = eqx.filter_jit(Batch.of)
+    made = [to_batch(feed(next(stream), mesh)) for _ in range(math.ceil(_CALIBRATION / tokens))]
     return mode.calibrate_thresholds(model, *((batch.inputs, batch.info) for batch in made))
 
 

@@ -15,7 +15,10 @@ import pytest
 import mode
 from mode.lab import interrupts
 from mode.lab.__main__ import main
-from mode.lab.data import Batch
+from mode.lab.corpus import read_corpus
+from mode.lab.data import Batch, held_out_batches
+from mode.lab.evaluate import held_out_loss
+from mode.lab.healing.documents import start_token, tokenize
 from mode.lab.healing.options import Healing
 from mode.lab.healing.teacher import Targets, divergence
 from mode.lab.healing.train import learning, plan_phases
@@ -126,17 +129,13 @@ def test_convert_measures_chooses_and_draws(
     # The loss without a layer is that of a model without it.
     dense = mode.pretrained.load(model)
     layers = mode.list_layers(dense)
-    from mode.lab.corpus import read_corpus
-    from mode.lab.data import held_out_batches
-    from mode.lab.healing.arm import evaluate
-    from mode.lab.healing.documents import start_token, tokenize
 
     tokenizer = mode.pretrained.load_tokenizer(model)
     corpus = tokenize(read_corpus(text, length=24), tokenizer, start_token(tokenizer))
     samples = held_out_batches(corpus.held_out, length=24, batch=2, sequences=2)[:1]
     for number in (0, 4):
         shallow = mode.with_layers(dense, layers[:number] + layers[number + 1 :])
-        loss, _ = evaluate(shallow, samples, jax.random.key(0))
+        loss, *_ = held_out_loss(shallow, samples, jax.random.key(0))
         assert loss == pytest.approx(losses[number], abs=1e-4)
     assert tokenizer.decode(corpus.train.tokens[1:30].tolist()) == TEXT[:29]
 

@@ -1,9 +1,10 @@
 """One arm of a healing, from its last checkpoint to its result."""
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
 
 import mode
 from mode._types import Scalar
+from mode.routing import Routings
 
 from .. import interrupts
 from ..checkpoint import Checkpoints
 from ..corpus import Corpus
 from ..data import Batch, Sample, batches, held_out_batches
+from ..evaluate import held_out_loss
 from ..files import read_record, write_record, write_stream
 from ..folder import check_same
-from ..step import next_byte_loss
+from ..train import calibrate
 from .options import Healing
 from .records import HealNotes, HealResult, HealSettings
 from .teacher import Teacher
 from .train import HealState, Phase, make_step, plan_phases, rates
 
 
-# Tokens from which thresholds are calibrated at the end.
-_CALIBRATION = 2**13
 # Options that decide nothing of a run: where its files are, and which other arms there are.
 BESIDES = ("out", "data", "model", "arms", "save_every", "held_out")
 Say = Callable[[str], None]
@@ -46,13 +46,18 @@ class Source:
     dense_loss: float
     settings: HealSettings
 
+    def stream(self, seed: int) -> Iterator[Sample]:
+        """Makes the batches of a training, in the order of a seed."""
+        options = self.settings.options
+        return batches(self.corpus.train, length=options.length, batch=options.batch, seed=seed)
+
 
 def make_source(dense: mode.Transformer, corpus: Corpus, settings: HealSettings) -> Source:
     """Cuts the held-out text and evaluates the dense model on it."""
     options = settings.options
     sizes = {"length": options.length, "batch": options.batch, "sequences": options.held_out}
     samples = held_out_batches(corpus.held_out, **sizes)
-    loss, _ = evaluate(dense, samples, jax.random.key(options.seed))
+    loss, *_ = held_out_loss(dense, samples, jax.random.key(options.seed))
     return Source(dense, corpus, samples, loss, settings)
 
 
@@ -89,10 +94,9 @@ def heal_arm(source: Source, arm: str, out: Path, say: Say) -> HealResult:
     total, phases = plan_phases(options, model, arm)
     checkpoints = Checkpoints(out / "checkpoints", 1, HealNotes)
     saved = checkpoints.steps[-1] if checkpoints.steps else 0
-    if saved:
-        notes = None
-    else:
-        converted, _ = evaluate(model, source.samples, key)
+    notes: Any = None  # those of the checkpoint, where there is one
+    if not saved:
+        converted, *_ = held_out_loss(model, source.samples, key)
         notes = HealNotes(arm=arm, settings=source.settings, losses=(), converted=converted)
         say(
             f"{arm}: {converted:.3f} nats per token after conversion, "
@@ -101,99 +105,94 @@ def heal_arm(source: Source, arm: str, out: Path, say: Say) -> HealResult:
     shape = (total, options.batch, options.length, options.top)
     teacher = Teacher(source.dense, out.parent / "teacher", shape) if total else None
     out.mkdir(parents=True, exist_ok=True)
+    # Cutting the batches of the steps before takes less than a millisecond each.
+    stream = itertools.islice(source.stream(options.seed), saved, None)
     state: Any = None
-    before: Phase | None = None
-    for number, phase in enumerate(phases, 1):
-        last = phases[number].first if number < len(phases) else total
-        if saved > last:
+    for phase in phases:
+        if saved > phase.last:
             continue
-        if before is None or before.part != phase.part:
+        if state is None or phase.first == phase.steps[0]:
             model = mode.with_capacity(model, phase.capacities) if phase.capacities else model
-            state = HealState.begin(model, phase.part)
+            state = HealState.begin(model, phase.part, options)
         else:
             state = mode.with_capacity(state, phase.capacities) if phase.capacities else state
-        if phase.first < saved <= last:
+        if phase.first < saved:
             restored = checkpoints.newest(state, say)
             assert restored is not None
             _, state, notes = restored
             check_same(out, notes.settings, source.settings, besides=BESIDES)
             say(f"{arm}: goes on from step {saved}.")
-        assert notes is not None
         assert teacher is not None
-        state, notes = _run_phase(
-            source, (phase, last, phases, total), state, notes, teacher, checkpoints, say
-        )
-        model, before = state.model, phase
+        run = _Run(options, teacher, checkpoints, stream, total, say)
+        state, notes = run.phase(phase, state, notes)
+        model = state.model
         if phase.part == "routers" and notes.routers is None:
-            loss, _ = evaluate(model, source.samples, key)
+            loss, *_ = held_out_loss(model, source.samples, key)
             notes = notes.model_copy(update={"routers": loss})
             say(f"{arm}: {loss:.3f} after the steps of routers alone.")
-    assert notes is not None
     return _finish(source, model, notes, out, began)
 
 
-def _run_phase(
-    source: Source,
-    span: tuple[Phase, int, list[Phase], int],
-    state: HealState,
-    notes: HealNotes,
-    teacher: Teacher,
-    checkpoints: Checkpoints[HealNotes],
-    say: Say,
-) -> tuple[HealState, HealNotes]:
-    """Runs a phase from where it stands to its last step."""
-    phase, last, phases, total = span
-    options, arm = source.settings.options, notes.arm
-    same = [other for other in phases if other.part == phase.part]
-    begin = same[0].first
-    later = [other.first for other in phases if other.first > same[-1].first]
-    factors = rates(options, (later[0] if later else total) - begin)
-    step = make_step(options, phase.is_causal)
-    stream = batches(
-        source.corpus.train, length=options.length, batch=options.batch, seed=options.seed
-    )
-    done, losses = len(notes.losses), list(notes.losses)
-    for _ in range(done):  # cutting a batch takes less than a millisecond
-        next(stream)
-    keys = jax.random.key(options.seed + 1)
-    with interrupts.deferred():
-        for number in range(done, last):
-            sample = {name: jnp.asarray(x) for name, x in next(stream).items()}
-            targets = teacher.targets(number, Batch.of(sample))
-            factor = jnp.asarray(factors[number - begin])
-            given = (factor, sample, targets, jax.random.fold_in(keys, number))
-            state, loss = step(given, state)
-            losses.append(float(loss))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"the loss of arm {arm!r} is not finite at step {number + 1}. Lower "
-                    "`--learning-rate` or `--router-rate`."
-                )
-            is_stopped = bool(interrupts.received())
-            if is_stopped or (number + 1) % options.save_every == 0 or number + 1 == last:
-                notes = notes.model_copy(update={"losses": tuple(losses)})
-                checkpoints.save(number + 1, state, notes)
-                recent = np.mean(losses[-min(20, options.save_every) :])
-                say(f"{arm}: step {number + 1} of {total}, {recent:.3f} nats from the dense model.")
-            if is_stopped:
-                raise KeyboardInterrupt
-    return state, notes
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all phases of an arm share."""
+
+    options: Healing
+    teacher: Teacher
+    checkpoints: Checkpoints[HealNotes]
+    stream: Iterator[Sample]
+    total: int
+    say: Say
+
+    def phase(
+        self, phase: Phase, state: HealState, notes: HealNotes
+    ) -> tuple[HealState, HealNotes]:
+        """Runs a phase from where it stands to its last step."""
+        options, arm, losses = self.options, notes.arm, list(notes.losses)
+        begin, end = phase.steps
+        factors, step = rates(end - begin), make_step(options, phase.is_causal)
+        keys = jax.random.key(options.seed + 1)
+        with interrupts.deferred():
+            for number in range(len(losses), phase.last):
+                sample = {name: jnp.asarray(x) for name, x in next(self.stream).items()}
+                targets = self.teacher.targets(number, Batch.of(sample))
+                factor = jnp.asarray(factors[number - begin])
+                given = (factor, sample, targets, jax.random.fold_in(keys, number))
+                state, loss = step(given, state)
+                losses.append(float(loss))
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss of arm {arm!r} is not finite at step {number + 1}. Lower "
+                        "`--learning-rate` or `--router-rate`."
+                    )
+                done, is_stopped = number + 1, bool(interrupts.received())
+                if is_stopped or done % options.save_every == 0 or done == phase.last:
+                    notes = notes.model_copy(update={"losses": tuple(losses)})
+                    self.checkpoints.save(done, state, notes)
+                    recent = np.mean(losses[-min(20, options.save_every) :])
+                    self.say(
+                        f"{arm}: step {done} of {self.total}, {recent:.3f} nats from the dense "
+                        "model."
+                    )
+                if is_stopped:
+                    raise KeyboardInterrupt
+        return state, notes
 
 
 def _finish(
     source: Source, model: mode.Transformer, notes: HealNotes, out: Path, began: float
 ) -> HealResult:
     """Evaluates a trained arm under both rules, and saves its parameters and its result."""
-    options, arm, key = (
-        source.settings.options,
-        notes.arm,
-        jax.random.key(source.settings.options.seed),
-    )
-    healed, _ = evaluate(model, source.samples, key)
+    options, arm = source.settings.options, notes.arm
+    key = jax.random.key(options.seed)
+    healed, *_ = held_out_loss(model, source.samples, key)
     causal = capacity = None
     if arm == "learned":
-        model = _calibrated(source, model)
-        causal, capacity = evaluate(mode.make_causal(model), source.samples, key)
+        # Another part of the text than that of the first steps.
+        stream = source.stream(options.seed + 1)
+        model = calibrate(model, stream, options.batch * options.length)
+        causal, _, routings = held_out_loss(mode.make_causal(model), source.samples, key)
+        capacity = float(np.mean(_compute(routings)))
     write_stream(out / "model.eqx", lambda file: eqx.tree_serialise_leaves(file, model))
     tokens = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     result = HealResult(
@@ -214,35 +213,7 @@ def _finish(
     return result
 
 
-def _calibrated(source: Source, model: mode.Transformer) -> mode.Transformer:
-    options = source.settings.options
-    stream = batches(
-        source.corpus.train, length=options.length, batch=options.batch, seed=options.seed + 1
-    )
-    count = math.ceil(_CALIBRATION / (options.batch * options.length))
-    made = [Batch.of(next(stream)) for _ in range(count)]
-    return mode.calibrate_thresholds(model, *((batch.inputs, batch.info) for batch in made))
-
-
 @eqx.filter_jit
-def _loss(
-    model: mode.Transformer, sample: dict[str, Int[Array, "batch sample"]], key: PRNGKeyArray
-) -> tuple[Scalar, Scalar, Scalar]:
-    batch = Batch.of(sample)
-    loss, routings = next_byte_loss(model, batch, key)
-    # Without routers, every token is computed.
-    compute = [mode.routing_metrics(routing).compute for routing in routings]
-    mean = jnp.mean(jnp.stack(compute)) if compute else jnp.ones(())
-    return loss, jnp.sum(batch.weights), mean
-
-
-def evaluate(
-    model: mode.Transformer, samples: list[Sample], key: PRNGKeyArray
-) -> tuple[float, float]:
-    """The loss in nats per token, and the mean fraction of the tokens that routed layers select."""
-    rows = []
-    for number, sample in enumerate(samples):
-        arrays = {name: jnp.asarray(x) for name, x in sample.items()}
-        rows.append(jax.device_get(_loss(model, arrays, jax.random.fold_in(key, number))))
-    losses, weights, compute = np.array(rows, float).T
-    return float(np.sum(losses * weights) / np.sum(weights)), float(np.mean(compute))
+def _compute(routings: Routings) -> list[Scalar]:
+    """The fraction of the tokens that each router selected."""
+    return [mode.routing_metrics(routing).compute for routing in routings]

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 import mode
 from mode._types import Scalar
 from mode.nn import Layer
-from mode.pretrained import FormOptions
 from mode.routing import masked_mean
 
 from ..data import Batch
+from ..step import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,7 @@ def _run(layer: Layer, x: Float[Array, "batch tokens dim"], info: mode.TokenInfo
 @eqx.filter_jit
 def _loss(model: mode.Transformer, x: Float[Array, "batch tokens dim"], batch: Batch) -> Scalar:
     """The loss of hidden states of the last layer."""
-    losses = -jnp.take_along_axis(
-        jax.nn.log_softmax(model.unembed(x)), batch.targets[..., None], axis=-1
-    )[..., 0]
-    return masked_mean(losses, batch.weights > 0)
+    return cross_entropy(model.unembed(x), batch)
 
 
 @eqx.filter_jit
@@ -66,7 +63,7 @@ def measure_layers(model: mode.Transformer, batch: Batch) -> tuple[float, list[L
 
 
 def propose_layers(
-    model: mode.Transformer, worths: list[LayerWorth], options: FormOptions, form: str, save: float
+    model: mode.Transformer, worths: list[LayerWorth], *, capacity: float, form: str, save: float
 ) -> list[int]:
     """Returns the layers of the least loss that save a fraction of the FLOPs, no two neighbours.
 
@@ -74,11 +71,7 @@ def propose_layers(
     where no layer is left.
     """
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if eqx.is_array(leaf) else leaf,
-        model,
-    )
-    whole = mode.count_flops(shapes, tokens).total
+    whole = mode.count_flops(model, tokens).total
     chosen: list[int] = []
     for worth in sorted(worths, key=lambda worth: worth.loss_without):
         if {worth.layer - 1, worth.layer + 1} & set(chosen):
@@ -86,9 +79,9 @@ def propose_layers(
         chosen.append(worth.layer)
         routed = eqx.filter_eval_shape(
             lambda model: mode.pretrained.convert(
-                model, sorted(chosen), capacity=options.capacity, form=form, key=jax.random.key(0)
+                model, sorted(chosen), capacity=capacity, form=form, key=jax.random.key(0)
             ),
-            shapes,
+            model,
         )
         if mode.count_flops(routed, tokens).total <= (1 - save) * whole:
             break

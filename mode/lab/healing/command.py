@@ -10,17 +10,19 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import mode
-from mode.pretrained import FormOptions
+from mode.pretrained._convert import check_layers
+from mode.pretrained._receipt import logit_difference
 
 from ..console import say
 from ..corpus import Corpus, read_corpus
 from ..data import Batch, held_out_batches
+from ..evaluate import held_out_loss
 from ..figures import BLUE, GREY, PAGE, save_figure
 from ..files import write_record, write_text
-from ..folder import check_claim, check_out, claim
+from ..folder import check_out, claim
 from ..options import absolute_glob, command_line
 from ..tables import to_console, to_markdown
-from .arm import BESIDES, evaluate, heal_arm, make_source
+from .arm import BESIDES, heal_arm, make_source
 from .choose import LayerWorth, measure_layers, propose_layers
 from .documents import start_token, tokenize
 from .options import ARM_TEXTS, Converting, Healing
@@ -38,7 +40,8 @@ def run_converting(options: Converting, console: Console) -> None:
         )
     check_out(options.out)
     shapes = mode.pretrained.load_shapes(options.model)
-    _check_layers(options.layers, shapes.depth)
+    if options.layers:
+        check_layers(options.layers, shapes.depth)
     corpus = _corpus(options.model, options.data, options.length)
     model = mode.pretrained.load(options.model)
     sizes = {"length": options.length, "batch": options.sequences, "sequences": options.sequences}
@@ -50,12 +53,13 @@ def run_converting(options: Converting, console: Console) -> None:
         say(console, f"{shapes.depth} layers, each left out in turn...")
         dense, worths = measure_layers(model, batch)
         if not layers:
-            form = FormOptions(options.capacity, mode.ExpertChoice(), mode.StraightThroughGate())
-            layers = propose_layers(model, worths, form, options.form, options.save)
+            layers = propose_layers(
+                model, worths, capacity=options.capacity, form=options.form, save=options.save
+            )
         table = _worth_table(worths, dense, layers)
         console.print(to_console(table, {"cosine": ".3f", "nats lost without it": "+.3f"}))
     else:
-        dense, _ = evaluate(model, [sample], jax.random.key(0))
+        dense, *_ = held_out_loss(model, [sample], jax.random.key(0))
     settings = {
         "capacity": options.capacity,
         "form": options.form,
@@ -63,14 +67,10 @@ def run_converting(options: Converting, console: Console) -> None:
     }
     routed = mode.pretrained.convert(model, layers, **settings)
     whole = mode.pretrained.convert(model, layers, **{**settings, "capacity": 1})
-    same = mode.pretrained.compare(model, whole, batch.inputs[:1])
+    same = float(logit_difference(model, whole, batch.inputs[:1]))
     receipt = mode.pretrained.compare(model, routed, batch.inputs[:1])
-    converted, _ = evaluate(routed, [sample], jax.random.key(0))
-    say(
-        console,
-        f"At capacity 1, {same.difference:.1e} of the logits' norm changes. "
-        f"At {options.capacity:g}:",
-    )
+    converted, *_ = held_out_loss(routed, [sample], jax.random.key(0))
+    say(console, f"At capacity 1, {same:.1e} of the logits' norm changes. At {options.capacity:g}:")
     say(console, str(receipt))
     say(console, f"Held out: {dense:.3f} nats per token before, {converted:.3f} after, untrained.")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -131,16 +131,14 @@ def run_healing(options: Healing, console: Console) -> None:
     if unknown or not options.arms:
         raise ValueError(f"`arms` must be of {', '.join(ARM_TEXTS)}, got {', '.join(unknown)}.")
     check_out(options.out)
-    shapes = mode.pretrained.load_shapes(options.model)
-    _check_layers(options.layers, shapes.depth)
     if not options.layers:
         raise ValueError("`layers` must name at least one layer. `mode-lab convert --choose` does.")
+    check_layers(options.layers, mode.pretrained.load_shapes(options.model).depth)
     corpus = _corpus(options.model, options.data, options.length)
     settings = HealSettings(
         options=dataclasses.replace(options, data=absolute_glob(options.data)),
         corpus=corpus.fingerprint,
     )
-    check_claim(options.out, settings, besides=BESIDES)
     claim(options.out, settings, besides=BESIDES)
     dense = mode.pretrained.load(options.model)
     source = make_source(dense, corpus, settings)
@@ -158,24 +156,22 @@ def run_healing(options: Healing, console: Console) -> None:
 
 def _result_table(results: list[HealResult]) -> tuple[pd.DataFrame, dict[str, str]]:
     """Held-out losses of all arms, over that of the dense model."""
+
+    def above(name: str) -> list[float | None]:
+        losses = [getattr(result, name) for result in results]
+        pairs = zip(losses, results, strict=True)
+        return [None if loss is None else loss - result.dense for loss, result in pairs]
+
+    sizes = [(len(r.losses), r.settings.options) for r in results]
     rows = {
         "arm": ["dense", *(result.arm for result in results)],
         "FLOPs": [1.0, *(result.flops / result.flops_dense for result in results)],
-        "converted": [0.0, *(result.converted - result.dense for result in results)],
-        "routers alone": [
-            None,
-            *(r.routers - r.dense if r.routers is not None else None for r in results),
-        ],
-        "healed": [0.0, *(result.healed - result.dense for result in results)],
-        "causal": [None, *(r.causal - r.dense if r.causal is not None else None for r in results)],
+        "converted": [0.0, *above("converted")],
+        "routers alone": [None, *above("routers")],
+        "healed": [0.0, *above("healed")],
+        "causal": [None, *above("causal")],
         "selected causally": [None, *(result.capacity_causal for result in results)],
-        "tokens": [
-            0,
-            *(
-                len(r.losses) * r.settings.options.batch * r.settings.options.length
-                for r in results
-            ),
-        ],
+        "tokens": [0, *(steps * options.batch * options.length for steps, options in sizes)],
     }
     nats = dict.fromkeys(("converted", "routers alone", "healed", "causal"), "+.3f")
     return pd.DataFrame(rows), {**nats, "FLOPs": ".3f", "selected causally": ".2f", "tokens": ",d"}
@@ -191,11 +187,3 @@ def _corpus(model: Path, data: str | None, length: int) -> Corpus:
                 f"{len(side.tokens)} tokens on one. Give more text or a smaller `--length`."
             )
     return corpus
-
-
-def _check_layers(layers: tuple[int, ...], depth: int) -> None:
-    wrong = [layer for layer in layers if layer >= depth]
-    if wrong or len(set(layers)) < len(layers):
-        raise ValueError(
-            f"`layers` must be different numbers from 0 to {depth - 1}, got {list(layers)}."
-        )

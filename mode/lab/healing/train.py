@@ -17,6 +17,7 @@ import mode
 from mode._types import Scalar
 
 from ..data import Batch
+from ..step import apply_gradient
 from .options import Healing
 from .teacher import Targets, divergence
 
@@ -26,11 +27,14 @@ Part = Literal["routers", "norms", "all"]
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Some steps, from `first` on, that share one program: what learns, with which capacities, and
-    whether tokens are selected by the causal rule."""
+    """Some steps, from `first` to before `last`, that share one program: what learns, with which
+    capacities, and whether tokens are selected by the causal rule. `steps` are the first and the
+    last of all phases in which the same learns: they share the moments and a schedule of rates."""
 
     part: Part
     first: int
+    last: int
+    steps: tuple[int, int]
     capacities: tuple[Fraction, ...]
     is_causal: bool = False
 
@@ -56,14 +60,18 @@ def plan_phases(options: Healing, model: mode.Transformer, arm: str) -> tuple[in
             stages = mode.capacity_schedule(
                 model, count, until=options.ramp, stages=options.ramp_stages
             )
-        if count:
-            phases += [Phase(part, first + start, own) for start, own in stages.items()]
+        starts = [first + start for start in stages] if count else []
+        for start, last, capacities in zip(
+            starts, [*starts[1:], first + count], stages.values(), strict=False
+        ):
+            phases.append(Phase(part, start, last, (first, first + count), capacities))
         first += count
     causal = round(options.causal * counts["all"]) if learns and counts["all"] > 1 else 0
     if causal:
-        last = phases[-1]
-        start = max(last.first + 1, first - causal)
-        phases.append(dataclasses.replace(last, first=start, is_causal=True))
+        before = phases.pop()
+        start = max(before.first + 1, first - causal)
+        phases.append(dataclasses.replace(before, last=start))
+        phases.append(dataclasses.replace(before, first=start, is_causal=True))
     return first, phases
 
 
@@ -85,8 +93,11 @@ def _no(_: object) -> bool:
     return False
 
 
-def rates(options: Healing, count: int) -> Float[np.ndarray, " steps"]:
-    """The factor of the peak rate at each step of a phase: up in a line, down as half a cosine."""
+def rates(count: int) -> Float[np.ndarray, " steps"]:
+    """The factor of the peak rate at each of some steps: up in a line, down as half a cosine.
+
+    Other than in `learning_rates`, the first step has a rate above 0: there may be few.
+    """
     warmup = max(1, min(count - 1, count // 20))
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(count, 2), 0.05)
     return np.asarray(jax.vmap(schedule)(jnp.arange(count, dtype=jnp.float32) + 0.5))
@@ -100,12 +111,12 @@ class HealState(eqx.Module):
     moments: PyTree
 
     @staticmethod
-    def begin(model: mode.Transformer, part: Part) -> "HealState":
-        """The state at the start of a phase, with arrays of its own: steps write over them, and a
-        converted model shares those of its layers with the dense one."""
+    def begin(model: mode.Transformer, part: Part, options: Healing) -> "HealState":
+        """The state before the first step of a part, with arrays of its own: steps write over
+        them, and a converted model shares those of its layers with the dense one."""
         model = jax.tree.map(lambda leaf: jnp.copy(leaf) if eqx.is_array(leaf) else leaf, model)
         learned, fixed = eqx.partition(model, learning(model, part))
-        return HealState(learned, fixed, _optimizer().init(learned))
+        return HealState(learned, fixed, _optimizer(options).init(learned))
 
     @property
     def model(self) -> mode.Transformer:
@@ -113,8 +124,21 @@ class HealState(eqx.Module):
         return eqx.combine(self.learned, self.fixed)
 
 
-def _optimizer() -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0, b2=0.95))
+def _optimizer(options: Healing) -> optax.GradientTransformation:
+    """Adam at the peak rates, of which routers have one of their own; a step gives the factor."""
+
+    def is_router(node: Any) -> bool:
+        return isinstance(node, mode.Router)
+
+    def scale(node: Any) -> Any:
+        rate = options.router_rate if is_router(node) else options.learning_rate
+        return jax.tree.map(lambda update: rate * update, node)
+
+    def scale_all(updates: PyTree, _: PyTree) -> PyTree:
+        return jax.tree.map(scale, updates, is_leaf=is_router)
+
+    adam = optax.adam(1.0, b2=0.95)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam, optax.stateless(scale_all))
 
 
 Step = Callable[[tuple[Scalar, dict[str, Any], Targets, Array], HealState], tuple[HealState, Any]]
@@ -125,7 +149,7 @@ def make_step(options: Healing, is_causal: bool) -> Step:
 
     Returns the divergence from the teacher, which is NaN or infinite where the state is spoilt.
     """
-    optimizer = _optimizer()
+    optimizer = _optimizer(options)
 
     @eqx.filter_jit(donate="all-except-first")
     def step(
@@ -144,9 +168,7 @@ def make_step(options: Healing, is_causal: bool) -> Step:
             return loss + options.router_cost * _cost(routings), (loss, routings)
 
         gradient, (loss, routings) = jax.grad(objective, has_aux=True)(state.learned)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
-            updates, moments = optimizer.update(gradient, state.moments, state.learned)
-        learned = eqx.apply_updates(state.learned, _scaled(options, factor, updates))
+        learned, moments = apply_gradient(optimizer, state.learned, state.moments, gradient, factor)
         model = eqx.combine(learned, state.fixed)
         if not is_causal:  # thresholds follow the tokens that top-k selects
             model = mode.update_router_state(model, routings)
@@ -165,16 +187,3 @@ def _none(node: object) -> bool:
 def _cost(routings: Any) -> Scalar:
     costs = [jnp.mean(jax.nn.sigmoid(routing.logits)) for routing in routings]
     return jnp.mean(jnp.stack(costs)) if costs else jnp.zeros(())
-
-
-def _scaled(options: Healing, factor: Scalar, updates: PyTree) -> PyTree:
-    """Multiplies the updates by the rates: routers have one of their own."""
-
-    def is_router(node: Any) -> bool:
-        return isinstance(node, mode.Router)
-
-    def scale(node: Any) -> Any:
-        rate = options.router_rate if is_router(node) else options.learning_rate
-        return jax.tree.map(lambda update: rate * factor * update, node)
-
-    return jax.tree.map(scale, updates, is_leaf=is_router)
