@@ -60,13 +60,15 @@ def select_all(model: mode.Transformer) -> mode.Transformer:
 def read_steps(
     kept: tuple[mode.Transformer, jax.Array], state: mode.DecodeState
 ) -> tuple[mode.DecodeState, jax.Array]:
-    """Decode steps on given tokens, and how many tokens each of them selected."""
+    """Decode steps on given tokens, and which sequences each router selected, `[steps, routers,
+    batch]`."""
     model, tokens = kept
 
     def one(state: mode.DecodeState, token: jax.Array) -> tuple[mode.DecodeState, jax.Array]:
         state, routings = mode.decode_step(model, state, token)
-        counts = [routing.num_filled.sum() for routing in routings]
-        return state, jax.numpy.stack(counts).sum() if counts else jax.numpy.zeros((), int)
+        selected = [routing.filled[0, :, 0, 0] for routing in routings]
+        nobody = jax.numpy.zeros((0, token.shape[0]), bool)
+        return state, jax.numpy.stack(selected) if selected else nobody
 
     return jax.lax.scan(one, state, tokens.T)
 

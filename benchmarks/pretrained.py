@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import decode
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,50 +26,19 @@ import timing
 import mode
 
 
-@eqx.filter_jit(donate="all-except-first")
-def read_steps(
-    kept: tuple[mode.Transformer, jax.Array], state: mode.DecodeState
-) -> tuple[mode.DecodeState, jax.Array]:
-    """Decode steps on given tokens; which sequences each router selected in each step."""
-    model, tokens = kept
+class Run(decode.Run):
+    """A model that decodes a batch of texts, and the seconds to its first token."""
 
-    def one(state: mode.DecodeState, token: jax.Array) -> tuple[mode.DecodeState, jax.Array]:
-        state, routings = mode.decode_step(model, state, token)
-        filled = [routing.filled[0, :, 0, 0] for routing in routings]
-        return state, jnp.stack(filled) if filled else jnp.ones((0, token.shape[0]), bool)
-
-    return jax.lax.scan(one, state, tokens.T)
-
-
-class Run:
-    """A model that decodes a batch of texts; each call is some steps of it."""
-
-    def __init__(
-        self, model: mode.Transformer, text: jax.Array, prompt: int, cache: int, steps: int
-    ):
-        self.model, self.text, self.steps = model, text, steps
-        self.position = prompt
+    def __init__(self, model: mode.Transformer, text: jax.Array, cache: int):
+        super().__init__(model, text, cache)  # compiles
         start = time.perf_counter()
-        for _ in range(2):  # the first call compiles
-            start = time.perf_counter()
-            self.state, _ = mode.prefill(model, text[:, :prompt], max_tokens=cache)
-            jax.block_until_ready(self.state.logits)
+        state, _ = mode.prefill(model, text[:, : decode.PROMPT], max_tokens=cache)
+        jax.block_until_ready(state.logits)
         self.first_token = time.perf_counter() - start
-        self.filled: list[jax.Array] = []
-
-    def __call__(self) -> None:
-        tokens = self.text[:, self.position : self.position + self.steps]
-        self.position += self.steps
-        self.state, filled = jax.block_until_ready(read_steps((self.model, tokens), self.state))
-        self.filled.append(filled)
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.caches))
 
     def step_bytes(self) -> float:
         """Bytes of weights and caches that a step must move, the mean over the steps."""
-        filled = jnp.concatenate(self.filled)  # [steps, routers, batch]
+        filled = jnp.concatenate(self.selected)  # [steps, routers, batch]
         pairs = [
             pair
             for stack, caches in zip(self.model.stacks, self.state.caches, strict=True)
@@ -87,9 +57,7 @@ class Run:
         return moved
 
 
-def peer_seconds(
-    model: mode.Transformer, folder: Path, text: jax.Array, steps: int
-) -> dict[str, Any]:
+def peer_run(model: mode.Transformer, folder: Path, text: jax.Array) -> dict[str, Any]:
     """A function for the peer's steps with its own caches, where it is installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -100,14 +68,14 @@ def peer_seconds(
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor(text.tolist())
     with torch.no_grad():
-        cache = peer(ids[:, :16], use_cache=True).past_key_values
-    position = [16]
+        cache = peer(ids[:, : decode.PROMPT], use_cache=True).past_key_values
+    position = [decode.PROMPT]
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the name of an argument
 
     def run() -> None:
         nonlocal cache
         with torch.no_grad():
-            for _ in range(steps):
+            for _ in range(decode.STEPS):
                 at = position[0]
                 result = peer(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
                 cache, position[0] = result.past_key_values, at + 1
@@ -124,7 +92,6 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--cache", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--peer", type=Path, help="a new folder for a copy that the peer reads")
     options = parser.parse_args()
     timing.header()
@@ -141,23 +108,22 @@ def main() -> None:
     print("| batch | model | step | faster | bytes allow | first token | caches |")
     print("|---" * 7 + "|")
     for batch in options.batches:
-        length = 16 + options.steps * (options.rounds + 1)
+        length = decode.PROMPT + decode.STEPS * (options.rounds + 1)
         text = jax.random.randint(jax.random.key(2), (batch, length), 0, vocab)
         runs: dict[str, Any] = {
-            name: Run(model, text, 16, options.cache, options.steps)
-            for name, model in models.items()
+            name: Run(model, text, options.cache) for name, model in models.items()
         }
         if options.peer is not None:
             folder = options.peer / str(batch)
-            runs |= peer_seconds(dense, folder, text, options.steps)
+            runs |= peer_run(dense, folder, text)
         medians = timing.take_turns(runs, options.rounds)
         allowed = {name: run.step_bytes() for name, run in runs.items() if isinstance(run, Run)}
         for name, run in runs.items():
-            cells = [str(batch), name, f"{medians[name] / options.steps * 1e3:.1f} ms"]
+            cells = [str(batch), name, f"{medians[name] / decode.STEPS * 1e3:.1f} ms"]
             cells.append(f"**{medians['dense'] / medians[name]:.2f}**")
             if isinstance(run, Run):
                 cells.append(f"{allowed['dense'] / allowed[name]:.2f}")
-                cells += [f"{run.first_token * 1e3:.0f} ms", f"{run.cache_bytes / 1e6:.0f} MB"]
+                cells += [f"{run.first_token * 1e3:.0f} ms", f"{run.memory / 1e6:.0f} MB"]
             else:
                 cells += ["-", "-", "-"]
             print(f"| {' | '.join(cells)} |", flush=True)
