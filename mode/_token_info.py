@@ -1,11 +1,17 @@
 """The record that travels with the tokens."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from ._types import Ids, TokenMask
+
+
+Layout = Literal["plain", "prefix", "any"]
 
 
 class TokenInfo(eqx.Module):
@@ -23,6 +29,10 @@ class TokenInfo(eqx.Module):
     - `weight`: `[*groups, tokens]`, the routing weights that `MixtureOfDepths` gives to its block
         (`weigh_values`), by which `Attention` multiplies the values of these tokens. `None`, for
         whole sequences, leaves them as they are.
+    - `layout`: what is known of every row when the program is traced, so that no mask is made for
+        what needs none: `"plain"`, all tokens of one document and their positions in order;
+        `"prefix"`, tokens of one document, then padding or empty slots; `"any"`, nothing. A module
+        that changes a row's segments or positions gives `"any"`.
 
     **Raises:** `ValueError` if the shapes differ, positions or segments are not integers, or
     weights are not floating-point numbers.
@@ -35,6 +45,7 @@ class TokenInfo(eqx.Module):
     positions: Ids
     segment_ids: Ids
     weight: Float[Array, "*groups tokens"] | None = None
+    layout: Layout = eqx.field(static=True, default="any")
 
     def __check_init__(self) -> None:
         if self.positions.shape != self.segment_ids.shape:
@@ -57,7 +68,16 @@ class TokenInfo(eqx.Module):
 
     def with_weight(self, weight: Float[Array, "*groups tokens"] | None) -> "TokenInfo":
         """Returns a copy with these weights, or without any."""
-        return TokenInfo(self.positions, self.segment_ids, weight)
+        return TokenInfo(self.positions, self.segment_ids, weight, self.layout)
+
+    def gather(self, take: Callable[[Shaped[Array, "*groups tokens"]], Array]) -> "TokenInfo":
+        """Describes the tokens that `take` gathers of each array, in time order and with empty
+        slots, whose segment is 0, after them."""
+        positions, segment_ids, weight = jax.tree.map(
+            take, (self.positions, self.segment_ids, self.weight)
+        )
+        layout = "any" if self.layout == "any" else "prefix"
+        return TokenInfo(positions, segment_ids, weight, layout)
 
     @property
     def valid(self) -> TokenMask:
@@ -72,7 +92,7 @@ class TokenInfo(eqx.Module):
         [[0, 1, 2], [0, 1, 2]]
         """
         positions = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
-        return TokenInfo(positions, jnp.ones(shape, jnp.int32))
+        return TokenInfo(positions, jnp.ones(shape, jnp.int32), layout="plain")
 
     @staticmethod
     def packed(segment_ids: Ids) -> "TokenInfo":

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from .. import parallel
 from .._dtypes import is_shaped
+from ..nn import record_choices
 from ._hlo import Collective, parse_collectives
 from ._targets import H100, mesh_for
 
@@ -55,6 +56,7 @@ class Compiled:
     - `argument_bytes`, `output_bytes`, `temporary_bytes`, `code_bytes`: memory of a device.
     - `alias_bytes`: those of the outputs that are written over donated arguments.
     - `collectives`: all of them, in the order of the program.
+    - `kernels`: the kernels of attention, by name, each once; those of the default with the reason.
     - `text`: the optimized program.
     """
 
@@ -66,6 +68,7 @@ class Compiled:
     code_bytes: int
     alias_bytes: int
     collectives: tuple[Collective, ...]
+    kernels: tuple[str, ...]
     text: str = dataclasses.field(repr=False)
 
     @property
@@ -125,7 +128,7 @@ def compile_for(
         return eqx.filter(function(*eqx.combine(arrays, constants)), eqx.is_array)
 
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), record_choices() as kernels:
             compiled = jax.jit(run, donate_argnums=tuple(donate)).lower(*shapes).compile()
     except RuntimeError as error:
         out_of_memory = OutOfMemory.read(error)
@@ -150,6 +153,7 @@ def compile_for(
         code_bytes=memory.generated_code_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         collectives=tuple(parse_collectives(text)),
+        kernels=tuple(kernels),
         text=text,
     )
 

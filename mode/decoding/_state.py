@@ -118,7 +118,8 @@ def _extend(
     model: Transformer, length: Sequences, caches: Any, tokens: NewTokens, lengths: Sequences
 ) -> tuple[NewHidden, Sequences, Any, Routings]:
     order = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    info = TokenInfo(length[:, None] + order, (order < lengths[:, None]).astype(jnp.int32))
+    segment_ids = (order < lengths[:, None]).astype(jnp.int32)
+    info = TokenInfo(length[:, None] + order, segment_ids, layout="prefix")
     hidden, routings, news = model.extend(tokens, info, caches)
     # Layers read the caches. What tokens leave is written here, once for all layers of a stack.
     # An empty cache stands for those of all layers of a stack.

@@ -25,6 +25,7 @@ from ._experts import (
     MakeExpert as MakeExpert,
     SwiGLUFeedForward as SwiGLUFeedForward,
 )
+from ._kernels import record_choices as record_choices
 from ._layers import (
     Loop as Loop,
     Residual as Residual,

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable
+from typing import get_args
 
 import equinox as eqx
 import jax
@@ -10,9 +11,19 @@ import jax.numpy as jnp
 from .._checks import check_count
 from .._token_info import TokenInfo
 from .._types import KeyRows, Keys, Queries, QueryIndex, Rows, Scores
-from ._blockwise import blockwise_attention, info_at
+from ..parallel import map_batch
 from ._cache import Cache
-from ._scoring import Mask, Scoring, unstack_rows
+from ._kernels import (
+    Implementation,
+    Mask,
+    Scoring,
+    call,
+    causal_kernels,
+    info_at,
+    product,
+    stack_rows,
+    unstack_rows,
+)
 
 
 class AbstractAttentionFunction(eqx.Module):
@@ -52,7 +63,8 @@ Attend = AbstractAttentionFunction | Callable[..., Queries]
 class CausalAttention(AbstractAttentionFunction):
     r"""Softmax attention over the same and earlier tokens of the same segment.
 
-    Computed in float32 or wider. Padding, segment 0, attends to padding only: finite numbers that
+    Products are of the dtype of their factors and add up in float32 or wider, as the softmax does.
+    Padding, segment 0, attends to padding only: finite numbers that
     nobody reads.
 
     **Arguments:**
@@ -62,11 +74,15 @@ class CausalAttention(AbstractAttentionFunction):
     - `window`: a token sees those less than `window` positions before it, itself included.
     - `alibi`: subtracts `slope * distance` from each score, with the slope $2^{-8 h / H}$ of head
         $h$ of $H$, counted from 1. Use it with `Attention(rope_theta=None)`.
-    - `block_size`: sequences of more tokens are computed in blocks of about this size, in memory
-        that grows with the length. `None` forms all scores at once, and has a forward-mode
-        derivative at any length.
+    - `implementation`: the kernel for whole sequences: `"cudnn"`, `"splash"` or `"blockwise"`. By
+        default, that of the platform which the program is compiled for, in bfloat16 and, by cuDNN,
+        float16: splash attention on TPUs, cuDNN on NVIDIA GPUs, else, and where it cannot do what
+        is asked, blockwise. `mode.aot` and the debug log of `mode.kernels` say which and why.
+    - `block_size`: blockwise attention of more tokens than this is computed in blocks of about this
+        size, in memory that grows with the length. `None` forms all scores at once.
 
-    **Raises:** `ValueError` for a number out of range.
+    **Raises:** `ValueError` for a number out of range, and for an `implementation` that cannot run:
+    by the dtype, the size of a head, what is asked of it, or the platform.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> attend = mode.CausalAttention(window=4)
@@ -83,6 +99,7 @@ class CausalAttention(AbstractAttentionFunction):
 
     scoring: Scoring
     block_size: int | None = eqx.field(static=True)
+    implementation: Implementation | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -91,12 +108,19 @@ class CausalAttention(AbstractAttentionFunction):
         soft_cap: float | None = None,
         window: int | None = None,
         alibi: bool = False,
+        implementation: Implementation | None = None,
         # XLA's CPU backend runs the products of a batch one after another and spreads a single one
         # over the cores only where it is large: smaller blocks take 1.5 times as long on two cores.
         block_size: int | None = 512,
     ):
+        if implementation not in (None, *get_args(Implementation)):
+            raise ValueError(
+                "`implementation` must be `'blockwise'`, `'cudnn'`, `'splash'` or None, got "
+                f"{implementation!r}."
+            )
         self.scoring = Scoring(scale, soft_cap, window, alibi)
         self.block_size = None if block_size is None else check_count("block_size", block_size, 16)
+        self.implementation = implementation
 
     def extend(
         self,
@@ -109,10 +133,28 @@ class CausalAttention(AbstractAttentionFunction):
         index: QueryIndex | None = None,
     ) -> Queries:
         """See `AbstractAttentionFunction`."""
+        if cache.is_empty:
+            others = (info.positions, info.segment_ids, *(() if index is None else (index,)))
+            tokens = k.shape[1]
+            kernels = causal_kernels(
+                self.scoring,
+                (q, k, v),
+                others,
+                info.layout,
+                block_size=self.block_size or tokens,
+                implementation=self.implementation,
+            )
+            if not kernels.is_default or tokens > (self.block_size or tokens):
+                run = lambda *arrays: call(kernels, arrays[:3], arrays[3:])  # noqa: E731
+                return map_batch(run, q, k, v, *others)
+        return self._all_at_once(q, k, v, info, cache, index)
+
+    def _all_at_once(
+        self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache, index: QueryIndex | None
+    ) -> Queries:
+        """Forms all scores: for short sequences, and for new tokens after a cache."""
         new = k.shape[1]
-        if cache.is_empty and self.block_size is not None and new > self.block_size:
-            return blockwise_attention(self.scoring, q, k, v, info, self.block_size, index)
-        rows = self.scoring.query_rows(q, k.shape[2])
+        rows = stack_rows(q, k.shape[2])
         if index is None:
             query_info, own = info, jnp.tri(new, dtype=bool)[None]
         else:
@@ -121,28 +163,33 @@ class CausalAttention(AbstractAttentionFunction):
 
         def logits(keys: KeyRows, key_info: TokenInfo, earlier: Mask | None) -> Scores:
             products = _products(rows, keys.astype(rows.dtype))
-            return self.scoring.logits(products, query_info, key_info, earlier)
+            return self.scoring.logits(products, q.shape[-1], query_info, key_info, earlier)
 
         def mix(weights: Scores, values: KeyRows) -> Rows:
-            return jnp.einsum("bgqk,bgkd->bgqd", weights, values.astype(rows.dtype))
+            weights, values = weights.astype(rows.dtype), values.astype(rows.dtype)
+            return product("bgqk,bgkd->bgqd", weights, values)
 
         # A token sees itself, so that the maximum of the softmax is finite.
         own_logits = logits(k.swapaxes(1, 2), info, own)
         values = v.swapaxes(1, 2)
         if cache.info is None:
-            return unstack_rows(mix(jax.nn.softmax(own_logits, axis=-1), values), q)
-        cached_keys, cached_values = cache.entries
-        # One softmax over the cached and the new keys.
-        both = jnp.concatenate([logits(cached_keys, cache.info, None), own_logits], axis=-1)
-        before, after = jnp.split(jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1)
-        return unstack_rows(mix(before, cached_values) + mix(after, values), q)
+            mixed = mix(jax.nn.softmax(own_logits, axis=-1), values)
+        else:
+            cached_keys, cached_values = cache.entries
+            # One softmax over the cached and the new keys.
+            both = jnp.concatenate([logits(cached_keys, cache.info, None), own_logits], axis=-1)
+            before, after = jnp.split(
+                jax.nn.softmax(both, axis=-1), [both.shape[-1] - new], axis=-1
+            )
+            mixed = mix(before, cached_values) + mix(after, values)
+        return unstack_rows(mixed, q.shape[1]).astype(q.dtype)
 
 
 def _products(rows: Rows, keys: KeyRows) -> Scores:
     # With few queries, keys are the left side: XLA's CPU backend would copy them first the other
     # way round, and take twice as long.
     if rows.shape[-2] > 16:
-        return jnp.einsum("bgqd,bgkd->bgqk", rows, keys)
-    products = jnp.einsum("bgkd,bgqd->bgkq", keys, rows)
+        return product("bgqd,bgkd->bgqk", rows, keys)
+    products = product("bgkd,bgqd->bgkq", keys, rows)
     # The barrier keeps XLA from turning the product itself round, which would copy the keys again.
     return jax.lax.optimization_barrier(products).swapaxes(-1, -2)

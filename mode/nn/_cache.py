@@ -60,7 +60,8 @@ class Cache(eqx.Module):
     @staticmethod
     def of_tokens(entries: PyTree, info: TokenInfo, max_tokens: int | None) -> "Cache":
         """The entries of some tokens; those of segment 0 are left out when they are appended."""
-        info = info.with_weight(None)  # values are in the entries as the block weighed them
+        # Values are in the entries as the block weighed them; layouts are for whole sequences.
+        info = TokenInfo(info.positions, info.segment_ids)
         return Cache(entries, info, jnp.sum(info.valid, axis=-1, dtype=jnp.int32), max_tokens)
 
     @property

@@ -19,6 +19,7 @@ from ._sharding import (
     Rules as Rules,
     ShardingRule as ShardingRule,
     all_gather_parameters as all_gather_parameters,
+    map_batch as map_batch,
     named_shardings as named_shardings,
     shard_batch as shard_batch,
     to_experts as to_experts,

@@ -7,6 +7,7 @@ the batch, and not the batch for the parameters. They do nothing without `jax.se
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -196,6 +197,23 @@ def all_gather_parameters(parameters: PyTree) -> PyTree:
             axes = (None,) * array.stacked + _rule_for(array, PARAMETER_RULES).axes
             leaves[number] = _constrain(leaves[number], axes, None)
     return jax.tree.unflatten(structure, leaves)
+
+
+def map_batch(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Runs a function of arrays that begin with the batch on each device's part of it.
+
+    So a kernel that the partitioner cannot divide runs on a mesh. Without one, under one with other
+    axes, and for a batch that does not divide, the function is simply called.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = _present_axes(_BATCH_AXES, mesh)
+    is_known = set(mesh.axis_names) <= set(_BATCH_AXES)
+    if not (axes and is_known and _is_auto(mesh)) or arrays[0].shape[0] % _num_devices(axes, mesh):
+        return function(*arrays)
+    spec = PartitionSpec(axes)
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(
+        *arrays
+    )
 
 
 def _constrain(x: Array, axes: tuple[MeshAxes, ...], rest: Any) -> Array:

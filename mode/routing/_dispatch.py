@@ -27,7 +27,7 @@ def dispatch(x: Hidden, routing: Routing) -> Slots:
 def dispatch_info(info: TokenInfo, routing: Routing) -> TokenInfo:
     """Gathers `info` of every slot, `[experts, *groups, slots]`; an empty slot is padding."""
     check_routing(routing)
-    return jax.tree.map(lambda a: _gather(a[..., None], routing.index)[..., 0], info)
+    return info.gather(lambda leaf: _gather(leaf[..., None], routing.index)[..., 0])
 
 
 def combine(updates: Slots, routing: Routing, onto: Hidden) -> Hidden:

@@ -16,8 +16,9 @@ import mode
 from mode.lab import interrupts
 from mode.lab.__main__ import main
 from mode.lab.corpus import read_corpus
-from mode.lab.data import Batch, held_out_batches
+from mode.lab.data import Batch, batches
 from mode.lab.evaluate import held_out_loss
+from mode.lab.healing.choose import LayerWorth, propose_layers
 from mode.lab.healing.documents import start_token, tokenize
 from mode.lab.healing.options import Healing
 from mode.lab.healing.teacher import Targets, divergence
@@ -121,7 +122,6 @@ def test_convert_measures_chooses_and_draws(
     assert chosen
     assert all(b - a > 1 for a, b in itertools.pairwise(chosen))
     losses = record["losses_without"]
-    assert losses.index(min(losses)) in chosen
     assert (tmp_path / "layers.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "At capacity 1, " in printed
@@ -132,12 +132,37 @@ def test_convert_measures_chooses_and_draws(
 
     tokenizer = mode.pretrained.load_tokenizer(model)
     corpus = tokenize(read_corpus(text, length=24), tokenizer, start_token(tokenizer))
-    samples = held_out_batches(corpus.held_out, length=24, batch=2, sequences=2)[:1]
+    samples = [next(batches(corpus.train, length=24, batch=2, seed=0))]
     for number in (0, 4):
         shallow = mode.with_layers(dense, layers[:number] + layers[number + 1 :])
         loss, *_ = held_out_loss(shallow, samples, jax.random.key(0))
         assert loss == pytest.approx(losses[number], abs=1e-4)
     assert tokenizer.decode(corpus.train.tokens[1:30].tolist()) == TEXT[:29]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 8])
+def test_chosen_layers_cost_least_of_all_that_are_no_neighbours(depth: int) -> None:
+    dense = mode.Transformer(
+        16,
+        8,
+        [lambda key: mode.Residual(mode.TransformerBlock(8, num_heads=2, key=key))],
+        repeats=depth,
+        key=jax.random.key(0),
+    )
+    losses = rng(depth).uniform(0, 9, depth)
+    worths = [LayerWorth(layer, 0.9, loss) for layer, loss in enumerate(losses)]
+    most = (depth + 1) // 2
+    counts = set()
+    for save in (0.0, 0.1, 0.2, 0.99):
+        chosen = propose_layers(dense, worths, capacity=0.5, form="mod", save=save)
+        apart = [
+            layers
+            for layers in itertools.combinations(range(depth), len(chosen))
+            if all(b - a > 1 for a, b in itertools.pairwise(layers))
+        ]
+        assert tuple(chosen) == min(apart, key=lambda layers: losses[list(layers)].sum())
+        counts.add(len(chosen))
+    assert {1, most} <= counts
 
 
 @pytest.mark.parametrize(

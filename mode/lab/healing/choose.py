@@ -1,6 +1,7 @@
 """What each layer of a trained model is worth, and which ones to route."""
 
 import dataclasses
+import math
 
 import equinox as eqx
 import jax
@@ -65,24 +66,41 @@ def measure_layers(model: mode.Transformer, batch: Batch) -> tuple[float, list[L
 def propose_layers(
     model: mode.Transformer, worths: list[LayerWorth], *, capacity: float, form: str, save: float
 ) -> list[int]:
-    """Returns the layers of the least loss that save a fraction of the FLOPs, no two neighbours.
+    """Returns the fewest layers that save a fraction of the FLOPs: those of the least loss in all.
 
-    So each routed layer is between dense ones, which the paper found crucial. Fewer are returned
-    where no layer is left.
+    No two are neighbours, so each routed layer is between dense ones, which the paper found
+    crucial. Where so much cannot be saved, returns as many layers as there can be.
     """
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     whole = mode.count_flops(model, tokens).total
     chosen: list[int] = []
-    for worth in sorted(worths, key=lambda worth: worth.loss_without):
-        if {worth.layer - 1, worth.layer + 1} & set(chosen):
-            continue
-        chosen.append(worth.layer)
+    for count in range(1, (len(worths) + 1) // 2 + 1):
+        chosen = _least_loss(worths, count)
         routed = eqx.filter_eval_shape(
-            lambda model: mode.pretrained.convert(
-                model, sorted(chosen), capacity=capacity, form=form, key=jax.random.key(0)
+            lambda model, layers: mode.pretrained.convert(
+                model, layers, capacity=capacity, form=form, key=jax.random.key(0)
             ),
             model,
+            chosen,
         )
         if mode.count_flops(routed, tokens).total <= (1 - save) * whole:
             break
-    return sorted(chosen)
+    return chosen
+
+
+def _least_loss(worths: list[LayerWorth], count: int) -> list[int]:
+    """The `count` layers of the least sum of losses, no two neighbours, by dynamic programming.
+
+    Taking the best layer first is not enough: it can leave none but the first and the last ones,
+    which are worth the most.
+    """
+    # best[n]: loss and layers of the best choice of n among the layers so far; `earlier` is the
+    # same without the layer just seen.
+    none: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(math.inf, ())] * count
+    earlier, best = none, none
+    for worth in sorted(worths, key=lambda worth: worth.layer):
+        with_it = [
+            (loss + worth.loss_without, (*layers, worth.layer)) for loss, layers in earlier[:-1]
+        ]
+        earlier, best = best, [best[0], *map(min, best[1:], with_it)]
+    return list(best[count][1])

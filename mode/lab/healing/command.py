@@ -15,7 +15,7 @@ from mode.pretrained._receipt import logit_difference
 
 from ..console import say
 from ..corpus import Corpus, read_corpus
-from ..data import Batch, held_out_batches
+from ..data import Batch, batches, held_out_batches
 from ..evaluate import held_out_loss
 from ..figures import BLUE, GREY, PAGE, save_figure
 from ..files import write_record, write_text
@@ -46,20 +46,23 @@ def run_converting(options: Converting, console: Console) -> None:
     model = mode.pretrained.load(options.model)
     sizes = {"length": options.length, "batch": options.sequences, "sequences": options.sequences}
     (sample,) = held_out_batches(corpus.held_out, **sizes)[:1]
-    batch = Batch.of(sample)
+    # Layers are chosen on text to train on: what is held out judges the choice.
+    seen = Batch.of(
+        next(batches(corpus.train, length=options.length, batch=options.sequences, seed=0))
+    )
     worths: list[LayerWorth] = []
+    whole_loss = 0.0
     layers = list(options.layers)
     if options.choose:
         say(console, f"{shapes.depth} layers, each left out in turn...")
-        dense, worths = measure_layers(model, batch)
+        whole_loss, worths = measure_layers(model, seen)
         if not layers:
             layers = propose_layers(
                 model, worths, capacity=options.capacity, form=options.form, save=options.save
             )
-        table = _worth_table(worths, dense, layers)
+        table = _worth_table(worths, whole_loss, layers)
         console.print(to_console(table, {"cosine": ".3f", "nats lost without it": "+.3f"}))
-    else:
-        dense, *_ = held_out_loss(model, [sample], jax.random.key(0))
+    dense, *_ = held_out_loss(model, [sample], jax.random.key(0))
     settings = {
         "capacity": options.capacity,
         "form": options.form,
@@ -67,8 +70,8 @@ def run_converting(options: Converting, console: Console) -> None:
     }
     routed = mode.pretrained.convert(model, layers, **settings)
     whole = mode.pretrained.convert(model, layers, **{**settings, "capacity": 1})
-    same = float(logit_difference(model, whole, batch.inputs[:1]))
-    receipt = mode.pretrained.compare(model, routed, batch.inputs[:1])
+    same = float(logit_difference(model, whole, seen.inputs[:1]))
+    receipt = mode.pretrained.compare(model, routed, seen.inputs[:1])
     converted, *_ = held_out_loss(routed, [sample], jax.random.key(0))
     say(console, f"At capacity 1, {same:.1e} of the logits' norm changes. At {options.capacity:g}:")
     say(console, str(receipt))
@@ -85,7 +88,7 @@ def run_converting(options: Converting, console: Console) -> None:
     )
     write_record(options.out / "layers.json", record)
     if worths:
-        save_figure(partial(_draw, worths, dense, layers), options.out / "layers.png")
+        save_figure(partial(_draw, worths, whole_loss, layers), options.out / "layers.png")
     heal = Healing(
         options.model,
         tuple(layers),

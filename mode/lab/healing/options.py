@@ -37,10 +37,10 @@ class Converting:
     data: Data = None
     layers: _Layers = ()
     choose: bool = False
-    """Measure every layer, alone and left out, and propose some: those of the least loss, with a
-    dense one between any two. Without `--layers`, these are routed."""
+    """Measure every layer, alone and left out, on text to train on, and propose some: those of the
+    least loss, with a dense one between any two. Without `--layers`, these are routed."""
     save: Annotated[float, Ge(0), Lt(1)] = 0.15
-    """Fraction of the FLOPs that `--choose` is to save; it stops earlier where no layer is left."""
+    """Fraction of the FLOPs that `--choose` is to save, or what half of the layers can."""
     form: Form = "mod-queries"
     """What a routed layer is: see `mode.pretrained.convert`."""
     capacity: UpToOne = 0.5
@@ -48,7 +48,7 @@ class Converting:
     length: _Length = 512
     """Tokens in a sequence."""
     sequences: Count = 4
-    """Held-out sequences to measure on."""
+    """Sequences to measure on: of the text to train on for `--choose`, held out for the losses."""
     seed: Seed = 0
     """Seed of the routers."""
 
