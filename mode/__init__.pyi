@@ -12,11 +12,13 @@ from .decoding import (
     generate as generate,
     prefill as prefill,
     rewind as rewind,
+    stream as stream,
 )
 from .flops import Flops as Flops, count_flops as count_flops
 from .models import (
     LayerStack as LayerStack,
     Transformer as Transformer,
+    cast_parameters as cast_parameters,
     interleave as interleave,
     list_layers as list_layers,
     mod_transformer as mod_transformer,

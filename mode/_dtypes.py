@@ -22,6 +22,6 @@ def is_shaped(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def cast_parameters(module: Module, dtype: DTypeLike) -> Module:
+def cast_floating(module: Module, dtype: DTypeLike) -> Module:
     """Copies `module` with floating parameters in `dtype`, for code that does not cast."""
     return jax.tree.map(lambda p: p.astype(dtype) if eqx.is_inexact_array(p) else p, module)

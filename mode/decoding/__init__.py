@@ -4,6 +4,7 @@ from ._generate import (
     Generation as Generation,
     continue_generation as continue_generation,
     generate as generate,
+    stream as stream,
 )
 from ._sampler import Sampler as Sampler
 from ._state import DecodeState as DecodeState

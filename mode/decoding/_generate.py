@@ -1,5 +1,6 @@
 """Generation: a batch of prompts in, tokens out, one program for all steps."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
 from .._checks import check_count, is_known
@@ -52,6 +54,7 @@ def generate(
     keys: RandomKeys | None = None,
     stop_token: int | None = None,
     max_tokens: int | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `steps` tokens.
 
@@ -68,6 +71,7 @@ def generate(
     - `keys`: one per sequence, such as `jax.random.split(key, batch)`; not needed at temperature 0.
     - `stop_token`: a token after which a sequence is done; when all are, so is the program.
     - `max_tokens`: size of the caches; by default what the longest prompt and `steps` need.
+    - `cache_dtype`: as `prefill` takes it.
 
     **Raises:** `ValueError` for steps below 1, prompts and steps that do not fit `max_tokens`, keys
     that are missing or not one per sequence, a stop token outside the vocabulary; and as `prefill`.
@@ -84,8 +88,81 @@ def generate(
     >>> mode.routing_metrics(generation.routings[0]).drop_rate.item()
     0.0
     """
-    check_model(model)
     steps = check_count("steps", steps, 1)
+    state, stop_token = _begin(
+        model, prompts, lengths, steps, sampler, keys, stop_token, max_tokens, cache_dtype
+    )
+    return continue_generation(
+        model, state, steps=steps, sampler=sampler, keys=keys, stop_token=stop_token
+    )
+
+
+def stream(
+    model: Transformer,
+    prompts: NewTokens,
+    lengths: Sequences | None = None,
+    *,
+    steps: int,
+    every: int = 1,
+    sampler: Sampler = Sampler(temperature=0),
+    keys: RandomKeys | None = None,
+    stop_token: int | None = None,
+    max_tokens: int | None = None,
+    cache_dtype: DTypeLike | None = None,
+) -> Iterator[Int[Array, "batch every"]]:
+    """Yields the tokens of `generate` as they come, and ends when all sequences are done.
+
+    **Arguments:**
+
+    - `every`: tokens of each sequence in a piece. More take less time in all, and come later.
+    - all others: as `generate` takes them; the text is the same.
+
+    **Yields:** `[batch, every]`, fewer in the last piece. A sequence that is done repeats its stop
+    token.
+
+    **Raises:** as `generate`, at the call, before the first piece.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
+    >>> pieces = mode.stream(mode.make_causal(model), jnp.array([[1, 2, 3]]), steps=4)
+    >>> [piece.shape for piece in pieces]
+    [(1, 1), (1, 1), (1, 1), (1, 1)]
+    """
+    steps, every = check_count("steps", steps, 1), check_count("every", every, 1)
+    state, stop_token = _begin(
+        model, prompts, lengths, steps, sampler, keys, stop_token, max_tokens, cache_dtype
+    )
+
+    def pieces(state: DecodeState | Generation) -> Iterator[Array]:
+        for start in range(0, steps, every):
+            state = continue_generation(
+                model,
+                state,
+                steps=min(every, steps - start),
+                sampler=sampler,
+                keys=keys,
+                stop_token=stop_token,
+            )
+            yield state.tokens
+            if stop_token is not None and bool(jnp.all(state.done)):
+                return
+
+    return pieces(state)
+
+
+def _begin(
+    model: Transformer,
+    prompts: NewTokens,
+    lengths: Sequences | None,
+    steps: int,
+    sampler: Sampler,
+    keys: RandomKeys | None,
+    stop_token: int | None,
+    max_tokens: int | None,
+    cache_dtype: DTypeLike | None,
+) -> tuple[DecodeState, int | None]:
+    """Checks the arguments of `generate` and reads the prompts. Returns the stop token checked."""
+    check_model(model)
     prompts, lengths = check_prompt("prompts", model, prompts, lengths)
     batch, longest = prompts.shape
     needed = longest + steps
@@ -96,10 +173,8 @@ def generate(
             f"{longest} tokens. Raise `max_tokens`, ask for fewer steps, or cut the prompts."
         )
     stop_token = _check_sampling(model, batch, sampler, keys, stop_token)
-    state, _ = prefill(model, prompts, lengths, max_tokens=max_tokens)
-    return continue_generation(
-        model, state, steps=steps, sampler=sampler, keys=keys, stop_token=stop_token
-    )
+    state, _ = prefill(model, prompts, lengths, max_tokens=max_tokens, cache_dtype=cache_dtype)
+    return state, stop_token
 
 
 def continue_generation(

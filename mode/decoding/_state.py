@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._token_info import TokenInfo
@@ -67,11 +68,15 @@ class DecodeState(eqx.Module):
 
 
 def begin(
-    model: Transformer, tokens: NewTokens, lengths: Sequences, max_tokens: int
+    model: Transformer,
+    tokens: NewTokens,
+    lengths: Sequences,
+    max_tokens: int,
+    cache_dtype: DTypeLike | None = None,
 ) -> tuple[DecodeState, Routings]:
     """Runs the first tokens of each sequence."""
     _check_decodes(model)
-    caches: Any = (Cache.empty(max_tokens),) * len(model.stacks)
+    caches: Any = (Cache.empty(max_tokens, cache_dtype),) * len(model.stacks)
     length = jnp.zeros_like(lengths)
     hidden, length, caches, routings = _extend(model, length, caches, tokens, lengths)
     logits = model.unembed(_last(hidden, lengths))

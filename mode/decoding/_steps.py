@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from .._checks import check_count, is_known
@@ -25,6 +26,7 @@ def prefill(
     *,
     max_tokens: int,
     chunk: int | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> tuple[DecodeState, Routings]:
     """Reads the prompts of a batch.
 
@@ -37,6 +39,10 @@ def prefill(
         routed layer has `token_capacity(max_tokens, max_capacity)` slots, of the `max_capacity`
         given to `make_causal`.
     - `chunk`: tokens to read at once: fewer take less memory, with the same result; by default all.
+    - `cache_dtype`: floating dtype of the caches, such as `jnp.bfloat16` for half of the bytes of
+        float32; by default that of the activations. Keys and values are rounded to it once, so that
+        what is decoded differs from the forward pass by as much. A block of yours that has no
+        attention of this library casts what it reads.
 
     **Returns:** `(state, routings)`: a `DecodeState` with the logits of the first token after each
     prompt, and the routings as the forward pass returns them.
@@ -62,9 +68,11 @@ def prefill(
             f"`tokens` must fit into the cache of max_tokens={max_tokens}, got prompts of "
             f"{longest} tokens. Raise `max_tokens`, or cut the prompts."
         )
+    if cache_dtype is not None and not jnp.issubdtype(cache_dtype, jnp.floating):
+        raise ValueError(f"`cache_dtype` must be a floating dtype, got {cache_dtype!r}.")
     size = longest if chunk is None else check_count("chunk", chunk, 1)
     first = jnp.minimum(lengths, size)
-    state, routings = _compiled_begin(model, tokens[:, :size], first, max_tokens)
+    state, routings = _compiled_begin(model, tokens[:, :size], first, max_tokens, cache_dtype)
     pieces = [routings]
     for start in range(size, longest, size):
         piece = tokens[:, start : start + size]

@@ -1,5 +1,6 @@
 """Models: stacks of layers under one scan, the transformer, and patterns of layers."""
 
+from ._cast import cast_parameters as cast_parameters
 from ._patterns import interleave as interleave, mod_transformer as mod_transformer
 from ._restack import (
     list_layers as list_layers,

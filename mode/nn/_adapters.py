@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import can_be_called, check_kept_shape, takes_key, type_name
-from .._dtypes import cast_parameters
+from .._dtypes import cast_floating
 from .._token_info import TokenInfo
 from .._types import Gathered, GatheredIds, Hidden, Key, VectorMap
 from ..parallel import role_field
@@ -28,7 +28,7 @@ def map_rows(
     function: Callable[..., Float[Array, "..."]], rows: Float[Array, "rows ..."], key: Key
 ) -> Float[Array, "rows ..."]:
     """Maps `function` over rows, in their dtype and with a key for each where it takes one."""
-    function = cast_parameters(function, rows.dtype)
+    function = cast_floating(function, rows.dtype)
     if key is None or not takes_key(function):
         return jax.vmap(function)(rows)
     keys = jax.random.split(key, rows.shape[0])

@@ -76,13 +76,13 @@ class CausalAttention(AbstractAttentionFunction):
         $h$ of $H$, counted from 1. Use it with `Attention(rope_theta=None)`.
     - `implementation`: the kernel for whole sequences: `"cudnn"`, `"splash"` or `"blockwise"`. By
         default, that of the platform which the program is compiled for, in bfloat16 and, by cuDNN,
-        float16: splash attention on TPUs, cuDNN on NVIDIA GPUs, else, and where it cannot do what
-        is asked, blockwise. `mode.aot` and the debug log of `mode.kernels` say which and why.
+        float16: splash attention on TPUs, cuDNN on NVIDIA GPUs; blockwise on others and where that
+        cannot do it. `mode.aot` and the debug log of `mode.kernels` say which and why.
     - `block_size`: blockwise attention of more tokens than this is computed in blocks of about this
         size, in memory that grows with the length. `None` forms all scores at once.
 
     **Raises:** `ValueError` for a number out of range, and for an `implementation` that cannot run:
-    by the dtype, the size of a head, what is asked of it, or the platform.
+    by the dtype, the size of a head, the other options, or the platform.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> attend = mode.CausalAttention(window=4)

@@ -38,7 +38,7 @@ def torch_block(block: mode.TransformerBlock, x: Any) -> Any:
     size = dim // HEADS
     angle = torch.arange(tokens)[:, None] * 10_000.0 ** (-torch.arange(size // 2) / (size // 2))
 
-    def norm(x: Any, module: mode.RMSNorm) -> Any:
+    def norm(x: Any, module: Any) -> Any:
         return F.rms_norm(x, (dim,), t(module.weight), module.eps)
 
     def turn(heads: Any) -> Any:

@@ -64,7 +64,7 @@ def test_splash_attention_equals_the_oracle(
     kernel = splash(scoring, tuple(qkv), others(info), layout, interpret=True)
     if "window" in options and layout != "plain":
         assert kernel == splash(scoring, tuple(qkv), others(info), layout)
-        assert "window" in str(kernel)  # not its numbers, but why it is not asked for them
+        assert "window" in str(kernel)  # no kernel, but why
         return
     assert not isinstance(kernel, str)
     real = np.asarray(info.valid)
@@ -148,7 +148,7 @@ def test_narrow_dtypes_fall_back_here_and_are_counted(layout: str) -> None:
     assert flops == 2 * 2 * 2 * 4 * 64 * 64 * 16  # two products, of 2 FLOPs, in 2 rows, 4 heads
 
 
-def test_cudnn_is_asked_for_what_it_can_do() -> None:
+def test_cudnn_gets_what_it_can_do() -> None:
     q, k, v = draw(0, 2, 64, heads=4, kv_heads=2, dim=16, dtype=jnp.bfloat16)
 
     def ask(layout: str, *, x: Any = (q, k, v), index: Any = None, **options: Any) -> Any:

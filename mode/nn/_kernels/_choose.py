@@ -28,7 +28,7 @@ def causal_kernels(
     """
     default = blockwise(scoring, block_size)
     if implementation == "blockwise":
-        return Kernels(default, dict.fromkeys(_PLATFORMS.values(), "it was asked for"))
+        return Kernels(default, dict.fromkeys(_PLATFORMS.values(), "it is required"))
     dtypes = {part.dtype for part in x}
     found: dict[str, Kernel | str] = dict.fromkeys(
         _PLATFORMS.values(), "queries, keys and values differ in dtype"

@@ -55,7 +55,7 @@ def cudnn(scoring: Scoring, x: Arrays, others: Arrays, layout: str) -> Kernel | 
 
 @dataclasses.dataclass(frozen=True)
 class _Cudnn:
-    """What cuDNN is asked for."""
+    """The arguments of cuDNN."""
 
     scoring: Scoring
     mask: str  # "plain", "prefix" or "masked"

@@ -42,7 +42,7 @@ def splash(
 
 @dataclasses.dataclass(frozen=True)
 class _Splash:
-    """What splash attention is asked for. It has heads before tokens, and no scale."""
+    """The arguments of splash attention, which has heads before tokens, and no scale."""
 
     scoring: Scoring
     layout: str
