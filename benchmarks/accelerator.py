@@ -1,97 +1,107 @@
-"""The training step of `mode-lab train` on one accelerator: time, achieved FLOP/s, peak memory.
+"""All measures on one accelerator, in bfloat16, in one command of at most ten minutes.
 
-Dense against MoD against MoDE at about 100 million and 1 billion parameters in bfloat16,
-the presets of `mode-lab plan`, beside the ceiling: one large matrix product, measured in the same
-process. Each model has a process of its own, as the peak of memory is that of a process.
+Blocks at 4k, 8k and 32k tokens (dense, the same with `jax.nn`'s fused attention, dense on the
+selected number of tokens, Mixture-of-Depths, MoE, MoDE), decoding at batch 1 to 256, and training
+steps of about 100 million and 1 billion parameters. Each has a process of its own, as the peak of
+memory is that of a process. What did not fit into the time is named; results so far are in
+`--out` after each measure.
 
     pip install ".[lab]" "jax[cuda13]" && python benchmarks/accelerator.py
     python benchmarks/accelerator.py --tiny     # to see that it runs, on any machine
 """
 
 import argparse
-import dataclasses
-import statistics
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from mode.lab.arms import arms_named
-from mode.lab.budget import flops_per_step, parameter_count
-from mode.lab.presets import PRESETS
-from mode.lab.step import Recipe, begin, make_step
+from accelerator_parts import LAYERS
+from accelerator_training import MODELS
 
 
-MODELS = [f"{kind}-{size}" for size in ("100m", "1b") for kind in ("dense", "mod", "mode")]
-TINY = {"dim": 32, "depth": 4, "heads": 2, "length": 64, "batch": 2, "vocab": 257}
-STEPS, WARM, REPEATS = 20, 3, 20
+FOLDER = Path(__file__).parent
+LENGTHS, TINY_LENGTHS = (4096, 8192, 32_768), (128, 256)
+BATCHES, TINY_BATCHES = (1, 8, 64, 256), (1, 4)
+Measure = tuple[str, list[str]]  # the section, and the command after Python
 
 
-def ceiling(rows: int) -> float:
-    """FLOP/s of the product of two square matrices in bfloat16, the median of several."""
-    x = jax.random.normal(jax.random.key(0), (rows, rows), jnp.bfloat16)
-    product = jax.jit(lambda x: x @ x)
-    return 2 * rows**3 / median_seconds(lambda: product(x), REPEATS)
+def plan(tiny: bool) -> list[Measure]:
+    """The measures, what answers most first."""
+    parts, extra = str(FOLDER / "accelerator_parts.py"), ["--tiny"] if tiny else []
+    training = str(FOLDER / "accelerator_training.py")
+    lengths, batches = (TINY_LENGTHS, TINY_BATCHES) if tiny else (LENGTHS, BATCHES)
+    blocks = [
+        ("blocks", [parts, layer, str(length), *extra]) for length in lengths for layer in LAYERS
+    ]
+    decoding = [("decoding", [parts, "decoding", str(batch), *extra]) for batch in batches]
+    steps = [("training", [training, "--one", name, *extra]) for name in MODELS]
+    return blocks + decoding + steps
 
 
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for turn in range(WARM + repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        if turn >= WARM:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    names = list(rows[0])
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([_text(row.get(name)) for name in names] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def measure(name: str, tiny: bool) -> None:
-    """One row of the table."""
-    preset = PRESETS[name]
-    size = dataclasses.replace(preset.size, **TINY, kv_heads=None) if tiny else preset.size
-    (arm,) = arms_named([preset.arm])
-    state = begin(arm, size, Recipe(), seed=0)
-    tokens = jax.random.randint(jax.random.key(1), (size.batch, size.length + 1), 0, size.vocab)
-    sample = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
-    step = make_step(arm, Recipe())
-    rate = jnp.asarray(1e-3)
-    best = ceiling(512 if tiny else 8192)
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    def once() -> jax.Array:
-        nonlocal state
-        state, health = step((sample, rate), state)
-        return health.loss
 
-    seconds = median_seconds(once, STEPS)
-    flops = flops_per_step(arm, size, Recipe(ramp=0.0))
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    print(
-        f"| {name} | {parameter_count(state.model) / 1e6:,.1f} M | {1e3 * seconds:.1f} "
-        f"| {flops / 1e12:.3g} T "
-        f"| {flops / seconds / 1e12:.3g} T | {best / 1e12:.3g} T | {flops / seconds / best:.2f} "
-        f"| {'-' if peak is None else f'{peak / 2**30:.1f} GiB'} |",
-        flush=True,
-    )
+def write(out: Path, about: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes all results so far, as JSON and as tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("results.json", json.dumps({"about": about, **rows}, indent=1)),
+        ("results.md", about + "\n\n" + "\n".join(table(each) for each in rows.values() if each)),
+    ):
+        partial = out / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(out / name)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--tiny", action="store_true", help="small models, to see that it runs")
-    parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        measure(options.one, options.tiny)
-        sys.exit()
-    about = (
-        "import jax; print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}', flush=True)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    subprocess.run([sys.executable, "-c", about], check=True)
-    print("| model | parameters | ms / step | FLOPs | FLOP/s | product | of it | peak memory |")
-    print("|---" * 8 + "|", flush=True)
-    tiny = ["--tiny"] if options.tiny else []
-    for name in options.models:
-        subprocess.run([sys.executable, __file__, "--one", name, *tiny], check=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--tiny", action="store_true", help="small models, to see that it runs")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    ask = "import jax; print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')"
+    about = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
+    rows: dict[str, list[dict[str, Any]]] = {"blocks": [], "decoding": [], "training": []}
+    left_out: list[str] = []
+    for section, command in plan(options.tiny):
+        name = " ".join(command[1:])
+        remaining = deadline - time.monotonic()
+        try:
+            done = subprocess.run(
+                [sys.executable, *command],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=max(remaining, 0.1),
+            )
+        except subprocess.TimeoutExpired:
+            left_out.append(f"{name}: no time was left")
+            continue
+        except subprocess.CalledProcessError as error:
+            left_out.append(f"{name}: {error.stderr.strip().splitlines()[-1][:200]}")
+            continue
+        rows[section].append(json.loads(done.stdout.strip().splitlines()[-1]))
+        write(options.out, about.stdout.strip(), rows)
+        print(f"{name}: {rows[section][-1]}", flush=True)
+    print((options.out / "results.md").read_text())
+    for line in left_out:
+        print(f"left out: {line}")
+    sys.exit(1 if left_out else 0)

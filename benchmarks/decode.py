@@ -95,11 +95,25 @@ class Run:
         """Bytes of the caches."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.caches))
 
+    def step_bytes(self) -> float:
+        """Bytes that a step must read: parameters of the layers that some sequence is routed to,
+        caches of those that are, and the matrix of the logits."""
+        batch, capacity = self.text.shape[0], self.realised_capacity
+        total = float(self.model.embedding.nbytes)
+        for stack, cache in zip(self.model.stacks, self.state.caches, strict=True):
+            routed = bool(mode.routers(stack))
+            weights, caches = (
+                sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf))
+                for tree in (stack, cache)
+            )
+            total += weights * (1 - (1 - capacity) ** batch if routed else 1)
+            total += caches * (capacity if routed else 1)
+        return total
+
     @property
     def realised_capacity(self) -> float:
         """The fraction of the tokens that a routed layer selected."""
-        tokens = self.text.shape[0] * STEPS * len(self.selected) * DEPTH // 2
-        return float(sum(selected.sum() for selected in self.selected) / tokens)
+        return float(np.mean(self.selected)) if np.size(self.selected) else 0.0
 
 
 def fitting_kv_heads(kv_heads: int, batch: int, cache: int, gigabytes: float) -> int:
@@ -137,12 +151,13 @@ def measure(kv_heads: int, batch: int, cache: int, rounds: int) -> bool:
     medians = timing.take_turns(runs, rounds)
     capacity = runs["routed"].realised_capacity
     faster = medians["dense"] / medians["routed"]
+    allowed = runs["dense"].step_bytes() / runs["routed"].step_bytes()
     memory = runs["routed"].memory / runs["dense"].memory
     worst = medians["worst"] / medians["dense"] if "worst" in runs else 0
     print(
         f"| {kv_heads} | {cache} | {batch} | {medians['dense'] * 1e3 / STEPS:.2f} ms "
-        f"| {medians['routed'] * 1e3 / STEPS:.2f} ms | **{faster:.2f}** | {memory:.3f} "
-        f"| {capacity:.3f} | {f'{worst:.2f}' if worst else '-'} |",
+        f"| {medians['routed'] * 1e3 / STEPS:.2f} ms | **{faster:.2f}** | {allowed:.2f} "
+        f"| {memory:.3f} | {capacity:.3f} | {f'{worst:.2f}' if worst else '-'} |",
         flush=True,
     )
     return faster >= FASTER and memory <= MEMORY and worst <= WORST
@@ -158,8 +173,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     timing.header()
     began = time.perf_counter()
-    print("| kv heads | cache | batch | dense | routed | faster | memory | capacity | worst |")
-    print("|---" * 9 + "|")
+    columns = ("kv heads", "cache", "batch", "dense", "routed", "faster", "bytes allow")
+    columns += ("memory", "capacity", "worst")
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
     met = [
         measure(
             fitting_kv_heads(options.kv_heads, batch, cache, options.gigabytes),
