@@ -5,6 +5,8 @@ the rows of a batch that a process reads, and that one of them, the lead, writes
 """
 
 import contextlib
+import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +40,8 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
             f"`batch` must divide over the {devices.count} devices, `data` times `expert`, got "
             f"{batch}. The next that does is {batch + -batch % devices.count}."
         )
+    if devices.coordinator is None and devices.processes == 1 and not devices.process:
+        devices = dataclasses.replace(devices, coordinator="auto" if in_cluster() else None)
     several = devices.processes > 1 or devices.coordinator is not None
     if several or devices.process:
         _join(devices)
@@ -67,6 +71,20 @@ def on(devices: Devices, *, batch: int) -> Iterator[Mesh | None]:
         ) from error
     if several:  # not after an error: the others may never come
         jax.distributed.shutdown()
+
+
+def in_cluster() -> bool:
+    """Whether a launcher started several of these processes, by the environment that it left."""
+    numbers = {
+        "SLURM_NTASKS": "SLURM_STEP_NODELIST",
+        "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    }
+    for name, of_step in numbers.items():
+        # An allocation of Slurm, before `srun`, has a count and no step.
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1 and of_step in os.environ:
+            return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _join(devices: Devices) -> None:

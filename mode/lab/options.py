@@ -160,7 +160,8 @@ class Devices:
     """The number of this process, from 0."""
     coordinator: str | None = None
     """HOST:PORT at which the others reach process 0. "auto" gets it and the two numbers above from
-    the cluster: Slurm, Open MPI, a TPU pod, Kubernetes."""
+    the cluster: Slurm, Open MPI, a TPU pod, Kubernetes. It is the default under `srun` and `mpirun`
+    and on a TPU pod."""
 
     @property
     def count(self) -> int:

@@ -175,6 +175,69 @@ def test_every_device_holds_its_part_of_the_state(tmp_path: Path, texts: str) ->
     assert jax.sharding.get_abstract_mesh().empty
 
 
+JOIN = """
+import jax
+from mode.lab import devices
+from mode.lab.devices import Devices
+
+with devices.on(Devices(data=2), batch=4) as mesh:
+    print(jax.process_index(), jax.process_count(), mesh.size, devices.own_rows(4).start)
+"""
+
+
+def test_processes_of_slurm_find_each_other() -> None:
+    """By the variables that `srun` sets, and no flag."""
+    job = {"SLURM_JOB_ID": str(free_port() - (65535 - 2**12 + 1) + 2**14), "SLURM_NTASKS": "2"}
+    step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    same = {**os.environ, **job, **step, "JAX_PLATFORMS": "cpu"}
+    same["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**same, "SLURM_PROCID": number, "SLURM_LOCALID": number},
+        )
+        for number in ("0", "1")
+    ]
+    try:
+        printed = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [out.split() for out, _ in printed] == [["0", "2", "2", "0"], ["1", "2", "2", "2"]], (
+        printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # an allocation, before `srun`
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a[1-8]"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_a_launcher_is_known_by_what_it_leaves(
+    variables: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "SLURM_NTASKS",
+        "SLURM_STEP_NODELIST",
+        "OMPI_COMM_WORLD_SIZE",
+        "TPU_WORKER_HOSTNAMES",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert devices.in_cluster() is expected
+
+
 def test_a_process_that_is_gone_is_told_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_join", lambda options: None)
     eight = Devices(data=8, processes=2, process=1, coordinator="localhost:1")
