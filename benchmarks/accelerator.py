@@ -21,6 +21,8 @@ from typing import Any
 from accelerator_parts import LAYERS
 from accelerator_training import MODELS
 
+from mode.lab.files import write_text
+
 
 FOLDER = Path(__file__).parent
 LENGTHS, TINY_LENGTHS = (4096, 8192, 32_768), (128, 256)
@@ -59,13 +61,9 @@ def _text(value: Any) -> str:
 def write(out: Path, about: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Writes all results so far, as JSON and as tables."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("results.json", json.dumps({"about": about, **rows}, indent=1)),
-        ("results.md", about + "\n\n" + "\n".join(table(each) for each in rows.values() if each)),
-    ):
-        partial = out / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(out / name)
+    tables = "\n".join(table(each) for each in rows.values() if each)
+    write_text(out / "results.json", json.dumps({"about": about, **rows}, indent=1))
+    write_text(out / "results.md", f"{about}\n\n{tables}")
 
 
 if __name__ == "__main__":

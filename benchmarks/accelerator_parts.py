@@ -13,7 +13,7 @@ import decode
 import jax
 import jax.numpy as jnp
 import timing
-from accelerator_training import ceiling
+from accelerator_training import ceiling, peak_gigabytes
 from jaxtyping import Array
 
 import mode
@@ -112,6 +112,4 @@ if __name__ == "__main__":
         result = measure_decoding(options.number, options.cache, size)
     else:
         result = measure_layer(options.what, options.number, size)
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    print(json.dumps(result | {"peak GiB": None if peak is None else peak / 2**30}))
+    print(json.dumps(result | {"peak GiB": peak_gigabytes()}))

@@ -43,6 +43,12 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def peak_gigabytes() -> float | None:
+    """The most memory that this process had on the device, in GiB, where the device says it."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**30
+
+
 def measure(name: str, tiny: bool) -> None:
     """The row of one model."""
     preset = PRESETS[name]
@@ -62,15 +68,13 @@ def measure(name: str, tiny: bool) -> None:
 
     seconds = median_seconds(once, STEPS)
     flops = flops_per_step(arm, size, Recipe(ramp=0.0))
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
     row = {
         "model": name,
         "parameters M": parameter_count(state.model) / 1e6,
         "ms a step": 1e3 * seconds,
         "TFLOP": flops / 1e12,
         "of product": flops / seconds / best,
-        "peak GiB": None if peak is None else peak / 2**30,
+        "peak GiB": peak_gigabytes(),
     }
     print(json.dumps(row))
 

@@ -23,5 +23,13 @@ def is_shaped(leaf: Any) -> bool:
 
 
 def cast_floating(module: Module, dtype: DTypeLike) -> Module:
-    """Copies `module` with floating parameters in `dtype`, for code that does not cast."""
-    return jax.tree.map(lambda p: p.astype(dtype) if eqx.is_inexact_array(p) else p, module)
+    """Copies `module`, or its shapes, with floating parameters in `dtype`."""
+
+    def cast(leaf: Any) -> Any:
+        if not (is_shaped(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, dtype)
+        return leaf.astype(dtype)
+
+    return jax.tree.map(cast, module)

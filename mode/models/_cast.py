@@ -1,13 +1,11 @@
 """Parameters in another dtype, for a model that is not trained any more."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .._dtypes import Module, is_shaped
+from .._dtypes import Module, cast_floating
 from ..parallel import array_roles
 
 
@@ -45,15 +43,7 @@ def cast_parameters(model: Module, dtype: DTypeLike) -> Module:
         raise ValueError(f"`dtype` must be a floating dtype, got {dtype!r}.")
     leaves, structure = jax.tree.flatten(model)
     cast: list[PyTree] = [
-        leaf if "router" in array.roles else _cast(leaf, dtype)
+        leaf if "router" in array.roles else cast_floating(leaf, dtype)
         for leaf, array in zip(leaves, array_roles(model), strict=True)
     ]
     return jax.tree.unflatten(structure, cast)
-
-
-def _cast(leaf: Any, dtype: DTypeLike) -> Any:
-    if not (is_shaped(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
-    return leaf.astype(dtype)

@@ -8,7 +8,6 @@ from ._blockwise import blockwise as blockwise, info_at as info_at
 from ._call import Kernels as Kernels, call as call, record_choices as record_choices
 from ._choose import Implementation as Implementation, causal_kernels as causal_kernels
 from ._scoring import (
-    MASKED as MASKED,
     Mask as Mask,
     Scoring as Scoring,
     product as product,

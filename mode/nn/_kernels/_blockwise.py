@@ -42,7 +42,7 @@ def info_at(info: TokenInfo, index: QueryIndex) -> TokenInfo:
     def take(leaf: Shaped[Array, "batch tokens"]) -> Shaped[Array, "batch queries"]:
         return jnp.take_along_axis(leaf, index, axis=1, mode="fill", fill_value=0)
 
-    return jax.tree.map(take, info)
+    return info.gather(take)
 
 
 def blockwise(scoring: Scoring, block_size: int) -> Kernel:
