@@ -18,10 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from accelerator_parts import LAYERS
 from accelerator_training import MODELS
 
 from mode.lab.files import write_text
+from mode.lab.tables import to_markdown
 
 
 FOLDER = Path(__file__).parent
@@ -45,17 +47,9 @@ def plan(tiny: bool) -> list[Measure]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown."""
-    names = list(rows[0])
-    lines = [
-        names,
-        ["---"] * len(names),
-        *([_text(row.get(name)) for name in names] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    frame = pd.DataFrame(rows)
+    numbers = frame.select_dtypes("float").columns
+    return to_markdown(frame, dict.fromkeys(numbers, ".4g")) + "\n"
 
 
 def write(out: Path, about: str, rows: dict[str, list[dict[str, Any]]]) -> None:
