@@ -1,33 +1,31 @@
 """Checkpoints of a run: each is whole or absent, and the newest sound one is found again.
 
-A checkpoint is two files named after its step: the arrays, in NumPy's format, which holds no code,
-and a record, written last, with their digest, the run they belong to, and its losses. Arrays
-without a record are the rest of a save that was killed. The state is gathered on the host of each
-process; the lead writes it.
+A checkpoint is a folder named after its step, which Orbax writes: every process its own parts of
+the arrays, so that no host ever holds all of them, and any number of devices reads them. Beside it
+stands a record, written last, with the digests of its files, the run they belong to, and its
+losses. Arrays without a record are the rest of a save that was killed.
 """
 
-import io
-import zipfile
-from collections.abc import Callable, Mapping
+import contextlib
+import hashlib
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pydantic
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from .commands import Training
-from .devices import by_lead, to_host
-from .files import (
-    DamagedFile,
-    FloatOrNaN,
-    Record,
-    read_bytes,
-    read_record,
-    write_record,
-    write_stream,
-)
+from .devices import by_lead
+from .files import DamagedFile, FloatOrNaN, Record, read_record, write_record
 
 
 class TrainSettings(Record):
@@ -41,16 +39,16 @@ class TrainSettings(Record):
 
 
 class AbstractNotes(Record):
-    """A checkpoint but for its arrays, whose digest it knows."""
+    """A checkpoint but for its arrays, of whose files it knows the digests."""
 
-    digest: str = ""
+    files: Mapping[str, str] = pydantic.Field(default_factory=dict)
 
 
 class Notes(AbstractNotes):
     """Those of a run of `mode-lab train`: the settings, and its progress."""
 
     format = "mode-lab checkpoint"
-    version = 2
+    version = 3
 
     settings: TrainSettings
     stream: dict[str, pydantic.JsonValue]
@@ -61,12 +59,16 @@ N = TypeVar("N", bound=AbstractNotes)
 
 
 class Checkpoints(Generic[N]):
-    """The checkpoints in a folder, of which the newest `keep` are kept, with notes of one kind."""
+    """The checkpoints in a folder, of which the newest `keep` are kept, with notes of one kind.
+
+    Where several processes share a run, all of them call its methods, on a file system that they
+    share.
+    """
 
     def __init__(self, folder: Path, keep: int, kind: type[N] = Notes):
         if folder.exists() and not folder.is_dir():
             raise DamagedFile(folder, "it is a file, not a folder of checkpoints", "Move it away.")
-        self.folder = folder
+        self.folder = folder.absolute()
         self.keep = keep
         self.kind = kind
 
@@ -76,34 +78,61 @@ class Checkpoints(Generic[N]):
         return sorted(int(path.stem) for path in self._paths() if path.suffix == ".json")
 
     def _paths(self) -> list[Path]:
+        """Folders and records of checkpoints, and what a killed save left of them."""
         paths = self.folder.iterdir() if self.folder.exists() else ()
         return [path for path in paths if path.stem.isdecimal()]
+
+    def _remove(self, unwanted: Callable[[Path], bool]) -> None:
+        """Removes some of the paths: records first, as arrays without one are no checkpoint."""
+        for path in sorted(self._paths(), key=lambda path: path.suffix != ".json"):
+            if not unwanted(path):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def save(self, step: int, tree: PyTree, notes: N) -> None:
         """Saves the arrays of `tree`, and the notes.
 
         **Raises:** `OSError` where they cannot be written; earlier checkpoints are as they were.
         """
-        arrays, earlier = to_host(_named_arrays(tree)), self.steps
+        earlier, path = self.steps, self.folder / str(step)
+
+        arrays = _named_arrays(tree)
+
+        def prepare() -> None:
+            self.folder.mkdir(exist_ok=True)
+            self._remove(lambda path: int(path.stem) == step)
+            needed, free = (
+                sum(x.nbytes for x in arrays.values()),
+                shutil.disk_usage(path.parent).free,
+            )
+            if needed > free:
+                raise OSError(f"it takes {needed:,} bytes, and {free:,} are free.")
 
         def write() -> None:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"{step}.npz"
-            digest = write_stream(path, lambda file: np.savez(file, **arrays))
-            write_record(path.with_suffix(".json"), notes.model_copy(update={"digest": digest}))
+            record = notes.model_copy(update={"files": files})
+            write_record(self.folder / f"{step}.json", record)
             # Later steps than this one are of damaged checkpoints.
             kept = [one for one in self.steps if one <= step][-self.keep :]
-            for path in self._paths():
-                if int(path.stem) not in kept:
-                    path.unlink()
+            finished = {str(one) for one in kept} | {f"{one}.json" for one in kept}
+            self._remove(lambda path: path.name not in finished)
 
         try:
+            by_lead(prepare)
+            save = ocp.args.StandardSave(arrays)  # pyright: ignore[reportCallIssue]
+            with _without_tracebacks(), ocp.Checkpointer(_handler()) as checkpointer:
+                checkpointer.save(path, args=save)
+            files = _digests(path, _files(path))
             by_lead(write)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            by_lead(lambda: self._remove(lambda path: int(path.stem) == step))
             state = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
+            reason = str(error).splitlines()[0]
             raise OSError(
-                f"the checkpoint of step {step} could not be saved: {error} {state}; the same "
-                "command goes on from there once there is room."
+                f"the checkpoint of step {step} could not be saved in {self.folder}: {reason} "
+                f"{state}; the same command goes on from there once there is room."
             ) from error
 
     def newest(self, like: PyTree, warn: Callable[[str], None]) -> tuple[int, PyTree, N] | None:
@@ -111,7 +140,8 @@ class Checkpoints(Generic[N]):
 
         **Arguments:**
 
-        - `like`: a tree whose arrays, or their shapes, are those of the tree that was saved.
+        - `like`: a tree whose arrays, or their shapes, are those of the tree that was saved. The
+            restored ones are sharded as these are, on whatever mesh.
         - `warn`: told of each checkpoint that is not used.
 
         **Returns:** `None` where none was ever finished.
@@ -120,21 +150,40 @@ class Checkpoints(Generic[N]):
         """
         errors: list[DamagedFile] = []
         for step in reversed(self.steps):
-            path = self.folder / f"{step}.npz"
+            path = self.folder / str(step)
             try:
-                notes = read_record(path.with_suffix(".json"), self.kind)
-                arrays = _read_arrays(path, notes.digest)
+                notes = read_record(self.folder / f"{step}.json", self.kind)
+                _check_files(path, notes.files)
             except DamagedFile as error:
                 errors.append(error)
                 continue
             for error in errors:
                 warn(f"a checkpoint is not used: {error.path}: {error.what}")
-            return step, _fill(like, arrays, path), notes
+            return step, _restore(path, like), notes
         if errors:
-            reasons = "; ".join(f"{error.path.name}: {error.what}" for error in errors)
+            reasons = "; ".join(
+                f"{error.path.relative_to(self.folder)}: {error.what}" for error in errors
+            )
             remedy = "Delete the folder to begin again."
             raise DamagedFile(self.folder, f"no checkpoint is sound ({reasons})", remedy)
         return None
+
+
+_handler = ocp.StandardCheckpointHandler
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Leaves out what each thread of Orbax prints where a write fails: one error is raised."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logger.setLevel(level)
 
 
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -143,33 +192,59 @@ def _named_arrays(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
 
 
-def _read_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
-    content = read_bytes(path, "", digest=digest)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DamagedFile(path, f"it holds no arrays ({error})", "") from None
+def _files(path: Path) -> list[str]:
+    found = (file for file in path.rglob("*") if file.is_file())
+    return sorted(file.relative_to(path).as_posix() for file in found)
 
 
-def _fill(like: PyTree, arrays: Mapping[str, np.ndarray], path: Path) -> PyTree:
-    """`like` with the arrays of `path` in place of its own, on the same devices."""
-    wanted, there = (
-        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in some.items()}
-        for some in (_named_arrays(like), arrays)
-    )
-    for name in sorted(wanted.keys() | there.keys()):
-        one, other = there.get(name, "absent"), wanted.get(name, "absent")
-        if one != other:
-            raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
+def _digests(path: Path, files: list[str]) -> dict[str, str]:
+    """The digests of the files of a checkpoint, of which each process reads a part."""
+    digests = np.zeros((len(files), hashlib.sha256().digest_size), np.uint8)
+    for number in range(jax.process_index(), len(files), jax.process_count()):
+        try:
+            with open(path / files[number], "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+        except OSError:
+            continue  # missing or unreadable: zeros, which no file has
+        digests[number] = np.frombuffer(digest, np.uint8)
+    if jax.process_count() > 1:
+        digests = multihost_utils.process_allgather(digests).sum(0, np.uint8)
+    return {name: digest.tobytes().hex() for name, digest in zip(files, digests, strict=True)}
 
-    def place(keys: Any, leaf: Any) -> Any:
-        if not hasattr(leaf, "dtype"):
-            return leaf
-        array = arrays[jax.tree_util.keystr(keys)]
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None:
-            return jax.numpy.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
-    return jax.tree.map_with_path(place, like)
+def _check_files(path: Path, files: Mapping[str, str]) -> None:
+    found = _digests(path, list(files))
+    for name, digest in files.items():
+        if found[name] != digest:
+            what = "it is missing, cut, or was changed after it was written"
+            raise DamagedFile(path / name, what, "")
+
+
+def _restore(path: Path, like: PyTree) -> PyTree:
+    """`like` with the arrays of a checkpoint in place of its own, sharded as they are."""
+    wanted = _named_arrays(like)
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        there = checkpointer.metadata(path).item_metadata
+        for name in sorted(wanted.keys() | there.keys()):
+            one, other = (
+                f"{np.dtype(some[name].dtype)}{list(some[name].shape)}"
+                if name in some
+                else "absent"
+                for some in (there, wanted)
+            )
+            if one != other:
+                raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
+        target = {name: _placed(leaf) for name, leaf in wanted.items()}
+        arrays = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+
+    def replace(keys: Any, leaf: Any) -> Any:
+        return arrays.get(jax.tree_util.keystr(keys), leaf)
+
+    return jax.tree.map_with_path(replace, like)
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

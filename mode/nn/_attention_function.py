@@ -17,6 +17,7 @@ from ._kernels import (
     Implementation,
     Mask,
     Scoring,
+    attend_after_cache,
     call,
     causal_kernels,
     info_at,
@@ -57,6 +58,9 @@ class AbstractAttentionFunction(eqx.Module):
         return self.extend(q, k, v, info, Cache.empty())
 
 
+# Rows of queries up to which scores are few: those of a step of decoding, or of drafted tokens.
+_FEW = 16
+
 Attend = AbstractAttentionFunction | Callable[..., Queries]
 
 
@@ -78,8 +82,9 @@ class CausalAttention(AbstractAttentionFunction):
         default, that of the platform which the program is compiled for, in bfloat16 and, by cuDNN,
         float16: splash attention on TPUs, cuDNN on NVIDIA GPUs; blockwise on others and where that
         cannot do it. `mode.aot` and the debug log of `mode.kernels` say which and why.
-    - `block_size`: blockwise attention of more tokens than this is computed in blocks of about this
-        size, in memory that grows with the length. `None` forms all scores at once.
+    - `block_size`: blockwise attention of more tokens than this, and that of a piece of a prompt to
+        a longer cache, is computed in blocks of about this size, in memory that grows with the
+        length. `None` forms all scores at once.
 
     **Raises:** `ValueError` for a number out of range, and for an `implementation` that cannot run:
     by the dtype, the size of a head, the other options, or the platform.
@@ -152,7 +157,7 @@ class CausalAttention(AbstractAttentionFunction):
     def _all_at_once(
         self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache, index: QueryIndex | None
     ) -> Queries:
-        """Forms all scores: for short sequences, and for new tokens after a cache."""
+        """Forms all scores, but for those of many new tokens and a long cache."""
         new = k.shape[1]
         rows = stack_rows(q, k.shape[2])
         if index is None:
@@ -174,6 +179,10 @@ class CausalAttention(AbstractAttentionFunction):
         values = v.swapaxes(1, 2)
         if cache.info is None:
             mixed = mix(jax.nn.softmax(own_logits, axis=-1), values)
+        elif self.block_size and rows.shape[-2] > _FEW and _slots(cache) > self.block_size:
+            own_part = (rows, own_logits, values, query_info)
+            past = (cache.entries, cache.info)
+            mixed = attend_after_cache(self.scoring, *own_part, *past, self.block_size)
         else:
             cached_keys, cached_values = cache.entries
             # One softmax over the cached and the new keys.
@@ -185,10 +194,14 @@ class CausalAttention(AbstractAttentionFunction):
         return unstack_rows(mixed, q.shape[1]).astype(q.dtype)
 
 
+def _slots(cache: Cache) -> int:
+    return 0 if cache.info is None else cache.info.positions.shape[-1]
+
+
 def _products(rows: Rows, keys: KeyRows) -> Scores:
     # With few queries, keys are the left side: XLA's CPU backend would copy them first the other
     # way round, and take twice as long.
-    if rows.shape[-2] > 16:
+    if rows.shape[-2] > _FEW:
         return product("bgqd,bgkd->bgqk", rows, keys)
     products = product("bgkd,bgqd->bgkq", keys, rows)
     # The barrier keeps XLA from turning the product itself round, which would copy the keys again.

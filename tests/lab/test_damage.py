@@ -154,14 +154,12 @@ DAMAGES: list[Damage] = [
 
 def read_back(command: str, path: Path) -> bool:
     """Whether a command reads a file of its folder."""
-    if path.suffix == ".npz":
+    if "checkpoints" in path.parts:
         return command in ("train", "generate", "analyze")
     if path.suffix != ".json" or "analysis" in path.parts or path.stem == "report":
         return False
     if path.name == "result.json":
         return command in ("ablate", "report")
-    if "checkpoints" in path.parts:
-        return command in ("train", "generate", "analyze")
     if path.name == "config.json":
         return "arms" not in path.parts
     return "records" in path.parts or ("failures" in path.parts and "report" in command)

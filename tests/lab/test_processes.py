@@ -139,6 +139,11 @@ def test_two_processes_train_what_one_does(alone: Path, tmp_path: Path, texts: s
     read = [some[: STEPS * SIZE.batch // 2] for some in read]
     assert [len(some) for some in read] == [STEPS * SIZE.batch // 2] * 2
     assert len({*read[0], *read[1]}) == STEPS * SIZE.batch
+    # Each process wrote its own parts of the arrays.
+    checkpoint = out / "checkpoints" / str(STEPS)
+    for process in range(2):
+        parts = checkpoint / f"ocdbt.process_{process}" / "d"
+        assert sum(path.stat().st_size for path in parts.iterdir()) > 1000
     # As if interrupted before the last save was finished.
     (out / "checkpoints" / f"{STEPS}.json").unlink()
     console = quiet()

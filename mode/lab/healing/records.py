@@ -19,7 +19,7 @@ class HealNotes(AbstractNotes):
     """A checkpoint of one arm but for its arrays."""
 
     format = "mode-lab heal checkpoint"
-    version = 1
+    version = 2
 
     arm: str
     settings: HealSettings
