@@ -96,19 +96,22 @@ class Run:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.caches))
 
     def step_bytes(self) -> float:
-        """Bytes that a step must read: parameters of the layers that some sequence is routed to,
-        caches of those that are, and the matrix of the logits."""
-        batch, capacity = self.text.shape[0], self.realised_capacity
-        total = float(self.model.embedding.nbytes)
-        for stack, cache in zip(self.model.stacks, self.state.caches, strict=True):
-            routed = bool(mode.routers(stack))
-            weights, caches = (
-                sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf))
-                for tree in (stack, cache)
-            )
-            total += weights * (1 - (1 - capacity) ** batch if routed else 1)
-            total += caches * (capacity if routed else 1)
-        return total
+        """Bytes that a step must read, the mean over the steps: the matrix of the logits, weights
+        of the layers that some sequence is routed to, and the caches of those that are."""
+        filled = np.concatenate(self.selected)  # [steps, routers, batch]
+        total, router = float(self.model.embedding.nbytes), 0
+        for stack, caches in zip(self.model.stacks, self.state.caches, strict=True):
+            for layer, cache in zip(stack.layers, caches, strict=True):
+                weights, entries = (
+                    sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf))
+                    for tree in (layer, cache)
+                )
+                if mode.routers(layer):
+                    rows, router = filled[:, router], router + 1
+                    weights *= np.mean(np.any(rows, axis=-1))
+                    entries *= np.mean(rows)
+                total += weights + entries
+        return float(total)
 
     @property
     def realised_capacity(self) -> float:

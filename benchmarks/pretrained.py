@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import decode
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import timing
 
 import mode
@@ -35,26 +33,6 @@ class Run(decode.Run):
         state, _ = mode.prefill(model, text[:, : decode.PROMPT], max_tokens=cache)
         jax.block_until_ready(state.logits)
         self.first_token = time.perf_counter() - start
-
-    def step_bytes(self) -> float:
-        """Bytes of weights and caches that a step must move, the mean over the steps."""
-        filled = jnp.concatenate(self.selected)  # [steps, routers, batch]
-        pairs = [
-            pair
-            for stack, caches in zip(self.model.stacks, self.state.caches, strict=True)
-            for pair in zip(stack.layers, caches, strict=True)
-        ]
-        routed = iter(range(filled.shape[1]))
-        moved = float(self.model.embedding.nbytes)
-        for layer, cache in pairs:
-            weights = sum(leaf.nbytes for leaf in jax.tree.leaves(layer) if eqx.is_array(leaf))
-            entries = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-            if mode.routers(layer):
-                rows = filled[:, next(routed)]
-                weights *= float(jnp.mean(jnp.any(rows, axis=-1)))
-                entries *= float(jnp.mean(rows))
-            moved += weights + entries
-        return moved
 
 
 def peer_run(model: mode.Transformer, folder: Path, text: jax.Array) -> dict[str, Any]:

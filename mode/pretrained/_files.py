@@ -77,9 +77,10 @@ def load(
 
         return jax.make_array_from_callback(source.shape, sharding, part)
 
-    loaded = [
-        read(source, sharding) for source, sharding in zip(opened.sources, shardings, strict=True)
-    ]
+    # The largest tensors first, while there is little else: each is held twice for a moment.
+    loaded: list[Any] = [None] * len(leaves)
+    for number in sorted(range(len(leaves)), key=lambda n: -opened.sources[n].tensor_size):
+        loaded[number] = read(opened.sources[number], shardings[number])
     return eqx.combine(jax.tree.unflatten(structure, loaded), rest)
 
 

@@ -56,6 +56,11 @@ class Source(NamedTuple):
     is_stacked: bool
     is_transposed: bool
 
+    @property
+    def tensor_size(self) -> int:
+        """Numbers in the largest of the tensors."""
+        return max(math.prod(self.tensor_shape(part)) for part in range(len(self.sizes)))
+
     def tensor_shape(self, part: int) -> tuple[int, ...]:
         """The shape of a part in the file."""
         own = self.shape[1:] if self.is_stacked else self.shape

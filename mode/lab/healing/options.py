@@ -84,7 +84,7 @@ class Healing:
     """Tokens in a sequence."""
     batch: Count = 1
     """Sequences in one step."""
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive = 3e-4
     """Peak rate of Adam for all parameters but those of routers."""
     router_rate: Positive = 2e-3
     """The same for routers."""
