@@ -77,7 +77,7 @@ def load(
 
         return jax.make_array_from_callback(source.shape, sharding, part)
 
-    # The largest tensors first, while there is little else: each is held twice for a moment.
+    # The largest tensors first: each is in memory twice for a moment, when there is little else.
     loaded: list[Any] = [None] * len(leaves)
     for number in sorted(range(len(leaves)), key=lambda n: -opened.sources[n].tensor_size):
         loaded[number] = read(opened.sources[number], shardings[number])

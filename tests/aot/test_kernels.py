@@ -246,3 +246,43 @@ def test_a_decode_step_writes_its_caches_in_place(
     shapes = {"bf16[" + ",".join(map(str, leaf.shape)) + "]" for leaf in leaves}
     copies = re.findall(r"= (bf16\[[\d,]*\])\S* copy\(", compiled.text)
     assert not shapes & set(copies)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["dense", "mod"])
+def test_a_long_prompt_in_pieces_needs_little_more_than_its_caches(
+    kind: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of 32,768 tokens, 256 at a time, whose scores would take more than the caches."""
+    monkeypatch.setenv("EQX_ON_ERROR", "off")
+    dim, length, piece = 512, 32_768, 256
+
+    def block(key: Array) -> mode.TransformerBlock:
+        return mode.TransformerBlock(dim, 4, num_kv_heads=2, key=key)
+
+    layers: dict[str, Any] = {
+        "dense": lambda key: mode.Residual(block(key)),
+        "mod": lambda key: mode.MixtureOfDepths(block(key), dim, 0.25, key=key),
+    }
+    period = [layers["dense"], layers[kind]]
+    model = eqx.filter_eval_shape(
+        lambda key: mode.unstack_layers(
+            mode.make_causal(
+                mode.Transformer(VOCAB, dim, period, repeats=2, dtype=BFLOAT16, key=key),
+                max_capacity=0.5,
+            )
+        ),
+        jax.random.key(0),
+    )
+    tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
+    state, _ = eqx.filter_eval_shape(mode.prefill, model, tokens, max_tokens=length)
+
+    def read(caches: Any, model: Any, state: Any, tokens: Array) -> Any:
+        state = eqx.tree_at(lambda s: s.caches, state, caches)
+        _, state, _ = mode.decode_tokens(model, state, tokens)
+        return state.caches
+
+    compiled = compile_for(target, read, state.caches, model, state, tokens, donate=(0,))
+    caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.caches))
+    assert compiled.alias_bytes > 0.99 * caches
+    assert compiled.temporary_bytes < 0.2 * caches
