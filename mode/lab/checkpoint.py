@@ -7,10 +7,12 @@ losses. Arrays without a record are the rest of a save that was killed.
 """
 
 import contextlib
+import glob
 import hashlib
 import logging
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,8 +41,9 @@ class TrainSettings(Record):
 
 
 class AbstractNotes(Record):
-    """A checkpoint but for its arrays, of whose files it knows the digests."""
+    """A checkpoint but for its arrays: it knows their dtypes and shapes, and digests of files."""
 
+    arrays: Mapping[str, str] = pydantic.Field(default_factory=dict)
     files: Mapping[str, str] = pydantic.Field(default_factory=dict)
 
 
@@ -112,7 +115,7 @@ class Checkpoints(Generic[N]):
                 raise OSError(f"it takes {needed:,} bytes, and {free:,} are free.")
 
         def write() -> None:
-            record = notes.model_copy(update={"files": files})
+            record = notes.model_copy(update={"arrays": _described(arrays), "files": files})
             write_record(self.folder / f"{step}.json", record)
             # Later steps than this one are of damaged checkpoints.
             kept = [one for one in self.steps if one <= step][-self.keep :]
@@ -122,8 +125,8 @@ class Checkpoints(Generic[N]):
         try:
             by_lead(prepare)
             save = ocp.args.StandardSave(arrays)  # pyright: ignore[reportCallIssue]
-            with _without_tracebacks(), ocp.Checkpointer(_handler()) as checkpointer:
-                checkpointer.save(path, args=save)
+            with _without_tracebacks(), _plain(path) as plain, _checkpointer() as checkpointer:
+                checkpointer.save(plain, args=save)
             files = _digests(path, _files(path))
             by_lead(write)
         except (OSError, ValueError, RuntimeError) as error:
@@ -159,7 +162,7 @@ class Checkpoints(Generic[N]):
                 continue
             for error in errors:
                 warn(f"a checkpoint is not used: {error.path}: {error.what}")
-            return step, _restore(path, like), notes
+            return step, _restore(path, like, notes.arrays), notes
         if errors:
             reasons = "; ".join(
                 f"{error.path.relative_to(self.folder)}: {error.what}" for error in errors
@@ -169,7 +172,20 @@ class Checkpoints(Generic[N]):
         return None
 
 
-_handler = ocp.StandardCheckpointHandler
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """Yields a path to the same place without characters of patterns, for which Orbax looks."""
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoints"
+        link.symlink_to(path.parent, target_is_directory=True)
+        yield link / path.name
 
 
 @contextlib.contextmanager
@@ -220,25 +236,24 @@ def _check_files(path: Path, files: Mapping[str, str]) -> None:
             raise DamagedFile(path / name, what, "")
 
 
-def _restore(path: Path, like: PyTree) -> PyTree:
+def _described(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in arrays.items()}
+
+
+def _restore(path: Path, like: PyTree, there: Mapping[str, str]) -> PyTree:
     """`like` with the arrays of a checkpoint in place of its own, sharded as they are."""
-    wanted = _named_arrays(like)
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        there = checkpointer.metadata(path).item_metadata
-        for name in sorted(wanted.keys() | there.keys()):
-            one, other = (
-                f"{np.dtype(some[name].dtype)}{list(some[name].shape)}"
-                if name in some
-                else "absent"
-                for some in (there, wanted)
-            )
-            if one != other:
-                raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
-        target = {name: _placed(leaf) for name, leaf in wanted.items()}
-        arrays = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+    arrays = _named_arrays(like)
+    wanted = _described(arrays)
+    for name in sorted(wanted.keys() | there.keys()):
+        one, other = there.get(name, "absent"), wanted.get(name, "absent")
+        if one != other:
+            raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
+    target = {name: _placed(leaf) for name, leaf in arrays.items()}
+    with _plain(path) as plain, _checkpointer() as checkpointer:
+        restored = checkpointer.restore(plain, args=ocp.args.StandardRestore(target))
 
     def replace(keys: Any, leaf: Any) -> Any:
-        return arrays.get(jax.tree_util.keystr(keys), leaf)
+        return restored.get(jax.tree_util.keystr(keys), leaf)
 
     return jax.tree.map_with_path(replace, like)
 

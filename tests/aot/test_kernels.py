@@ -268,7 +268,7 @@ def test_a_long_prompt_in_pieces_needs_little_more_than_its_caches(
     model = eqx.filter_eval_shape(
         lambda key: mode.unstack_layers(
             mode.make_causal(
-                mode.Transformer(VOCAB, dim, period, repeats=2, dtype=BFLOAT16, key=key),
+                mode.Transformer(VOCAB, dim, period, repeats=4, dtype=BFLOAT16, key=key),
                 max_capacity=0.5,
             )
         ),
