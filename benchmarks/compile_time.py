@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -49,9 +50,9 @@ def lambda_model(depth: int) -> mode.Transformer:
 MODELS = {"mod_transformer": paper_model, "lambda activations": lambda_model}
 
 
-def seconds_to_compile(make: Callable[[int], mode.Transformer], depth: int) -> float:
+def seconds_to_compile(make: Callable[[], mode.Transformer]) -> float:
     """Traces, lowers and compiles one training step, optimizer and router state included."""
-    model = eqx.filter_eval_shape(make, depth)
+    model = eqx.filter_eval_shape(make)
     optimizer = optax.adamw(1e-3)
 
     def step(model: mode.Transformer, tokens: jax.Array) -> mode.Transformer:
@@ -78,29 +79,25 @@ def seconds_to_compile(make: Callable[[int], mode.Transformer], depth: int) -> f
     return time.perf_counter() - start
 
 
-def measure(name: str) -> bool:
-    seconds: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-    for _ in range(ROUNDS):
-        for depth in DEPTHS:
-            seconds[depth].append(seconds_to_compile(MODELS[name], depth))
-    medians = {f"{depth} layers": statistics.median(seconds[depth]) for depth in DEPTHS}
-    title = f"{name}: trace, lower and compile one training step"
-    return timing.report(title, medians, base="4 layers", limits={"48 layers": LIMIT})
-
-
-def measure_dense() -> bool:
-    depth = DEPTHS[-1]
-    makes = {"dense": dense_model, "every other layer routed": paper_model}
+def measure(title: str, makes: dict[str, Callable[[], mode.Transformer]]) -> bool:
+    """Says whether the second model takes little longer than the first."""
+    base, other = makes
     seconds: dict[str, list[float]] = {name: [] for name in makes}
     for _ in range(ROUNDS):
         for name, make in makes.items():
-            seconds[name].append(seconds_to_compile(make, depth))
+            seconds[name].append(seconds_to_compile(make))
     medians = {name: statistics.median(some) for name, some in seconds.items()}
-    limits = {"every other layer routed": LIMIT}
-    return timing.report(f"{depth} layers", medians, base="dense", limits=limits)
+    title = f"{title}: trace, lower and compile one training step"
+    return timing.report(title, medians, base=base, limits={other: LIMIT})
 
 
 if __name__ == "__main__":
     timing.header()
-    met = [*(measure(name) for name in MODELS), measure_dense()]
+    many = DEPTHS[-1]
+    met = [
+        measure(name, {f"{depth} layers": partial(make, depth) for depth in DEPTHS})
+        for name, make in MODELS.items()
+    ]
+    routed = {"dense": partial(dense_model, many), "every other routed": partial(paper_model, many)}
+    met.append(measure(f"{many} layers", routed))
     sys.exit(0 if all(met) else 1)

@@ -14,12 +14,13 @@ from tests.examples import CLAIMS, run_example
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
-WITH_EXAMPLES = [page for page in PAGES if "```python\n" in page.read_text()]
+WITH_EXAMPLES = [page for page in PAGES if page.name != "processes.md"]  # which has commands
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_run(page: Path):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

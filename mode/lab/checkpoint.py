@@ -1,30 +1,21 @@
 """Checkpoints of a run: each is whole or absent, and the newest sound one is found again.
 
-A checkpoint is a folder named after its step, which Orbax writes: every process its own parts of
-the arrays, so that no host ever holds all of them, and any number of devices reads them. Beside it
-stands a record, written last, with the digests of its files, the run they belong to, and its
-losses. Arrays without a record are the rest of a save that was killed.
+A checkpoint is a folder of arrays, named after its step, and beside it a record, written last, with
+the digests of its files, the run they belong to, and its losses. Arrays without a record are the
+rest of a save that was killed.
 """
 
-import contextlib
-import glob
-import hashlib
-import logging
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pydantic
-from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
+from .array_files import check_files, restore_arrays, save_arrays
 from .commands import Training
 from .devices import by_lead
 from .files import DamagedFile, FloatOrNaN, Record, read_record, write_record
@@ -100,17 +91,16 @@ class Checkpoints(Generic[N]):
 
         **Raises:** `OSError` where they cannot be written; earlier checkpoints are as they were.
         """
-        earlier, path = self.steps, self.folder / str(step)
+        earlier, arrays = self.steps, _named_arrays(tree)
 
-        arrays = _named_arrays(tree)
+        def of_step(path: Path) -> bool:
+            return int(path.stem) == step
 
         def prepare() -> None:
             self.folder.mkdir(exist_ok=True)
-            self._remove(lambda path: int(path.stem) == step)
-            needed, free = (
-                sum(x.nbytes for x in arrays.values()),
-                shutil.disk_usage(path.parent).free,
-            )
+            self._remove(of_step)
+            needed = sum(array.nbytes for array in arrays.values())
+            free = shutil.disk_usage(self.folder).free
             if needed > free:
                 raise OSError(f"it takes {needed:,} bytes, and {free:,} are free.")
 
@@ -124,13 +114,10 @@ class Checkpoints(Generic[N]):
 
         try:
             by_lead(prepare)
-            save = ocp.args.StandardSave(arrays)  # pyright: ignore[reportCallIssue]
-            with _without_tracebacks(), _plain(path) as plain, _checkpointer() as checkpointer:
-                checkpointer.save(plain, args=save)
-            files = _digests(path, _files(path))
+            files = save_arrays(self.folder / str(step), arrays)
             by_lead(write)
         except (OSError, ValueError, RuntimeError) as error:
-            by_lead(lambda: self._remove(lambda path: int(path.stem) == step))
+            by_lead(lambda: self._remove(of_step))
             state = f"The one of step {earlier[-1]} is whole" if earlier else "There is none yet"
             reason = str(error).splitlines()[0]
             raise OSError(
@@ -156,7 +143,7 @@ class Checkpoints(Generic[N]):
             path = self.folder / str(step)
             try:
                 notes = read_record(self.folder / f"{step}.json", self.kind)
-                _check_files(path, notes.files)
+                check_files(path, notes.files)
             except DamagedFile as error:
                 errors.append(error)
                 continue
@@ -172,68 +159,10 @@ class Checkpoints(Generic[N]):
         return None
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
-
-
-@contextlib.contextmanager
-def _plain(path: Path) -> Iterator[Path]:
-    """Yields a path to the same place without characters of patterns, for which Orbax looks."""
-    if glob.escape(str(path)) == str(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "checkpoints"
-        link.symlink_to(path.parent, target_is_directory=True)
-        yield link / path.name
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Leaves out what each thread of Orbax prints where a write fails: one error is raised."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        logger.setLevel(level)
-
-
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
     """The arrays of a tree, or their shapes, by their path in it."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
-
-
-def _files(path: Path) -> list[str]:
-    found = (file for file in path.rglob("*") if file.is_file())
-    return sorted(file.relative_to(path).as_posix() for file in found)
-
-
-def _digests(path: Path, files: list[str]) -> dict[str, str]:
-    """The digests of the files of a checkpoint, of which each process reads a part."""
-    digests = np.zeros((len(files), hashlib.sha256().digest_size), np.uint8)
-    for number in range(jax.process_index(), len(files), jax.process_count()):
-        try:
-            with open(path / files[number], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-        except OSError:
-            continue  # missing or unreadable: zeros, which no file has
-        digests[number] = np.frombuffer(digest, np.uint8)
-    if jax.process_count() > 1:
-        digests = multihost_utils.process_allgather(digests).sum(0, np.uint8)
-    return {name: digest.tobytes().hex() for name, digest in zip(files, digests, strict=True)}
-
-
-def _check_files(path: Path, files: Mapping[str, str]) -> None:
-    found = _digests(path, list(files))
-    for name, digest in files.items():
-        if found[name] != digest:
-            what = "it is missing, cut, or was changed after it was written"
-            raise DamagedFile(path / name, what, "")
 
 
 def _described(arrays: Mapping[str, Any]) -> dict[str, str]:
@@ -248,18 +177,9 @@ def _restore(path: Path, like: PyTree, there: Mapping[str, str]) -> PyTree:
         one, other = there.get(name, "absent"), wanted.get(name, "absent")
         if one != other:
             raise ValueError(f"{path} is of another model: {name} is {one}, not {other}.")
-    target = {name: _placed(leaf) for name, leaf in arrays.items()}
-    with _plain(path) as plain, _checkpointer() as checkpointer:
-        restored = checkpointer.restore(plain, args=ocp.args.StandardRestore(target))
+    restored = restore_arrays(path, arrays)
 
     def replace(keys: Any, leaf: Any) -> Any:
         return restored.get(jax.tree_util.keystr(keys), leaf)
 
     return jax.tree.map_with_path(replace, like)
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

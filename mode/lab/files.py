@@ -131,23 +131,19 @@ def content_digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_bytes(path: Path, remedy: str, *, digest: str | None = None) -> bytes:
-    """Reads a file, of any content or of that with a SHA-256 digest.
+def read_bytes(path: Path, remedy: str) -> bytes:
+    """Reads a file.
 
-    **Raises:** `DamagedFile`, with the `remedy`, where it is missing, unreadable, no file, or has
-    another digest.
+    **Raises:** `DamagedFile`, with the `remedy`, where it is missing, unreadable or no file.
     """
     try:
         if path.exists() and not path.is_file():
             raise DamagedFile(path, "it is a folder or a device, not a file", remedy)
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise DamagedFile(path, "there is no such file", remedy) from None
     except OSError as error:
         raise DamagedFile(path, f"it cannot be read ({error.strerror})", remedy) from None
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-        raise DamagedFile(path, "it is cut or was changed after it was written", remedy)
-    return content
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,10 +156,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_stream(path, lambda file: file.write(content))
 
 
-def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> str:
+def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file by a function of the open file, whole or not at all.
-
-    **Returns:** the SHA-256 digest of the file.
 
     **Raises:** `OSError`, which names the file, where it cannot be written.
     """
@@ -174,10 +168,7 @@ def write_stream(path: Path, write: Callable[[BinaryIO], object]) -> str:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(beside, path)
-        return digest
     except OSError as error:
         raise OSError(f"{path}: it cannot be written ({error.strerror or error}).") from error
     finally:

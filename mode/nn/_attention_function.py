@@ -152,9 +152,9 @@ class CausalAttention(AbstractAttentionFunction):
             if not kernels.is_default or tokens > (self.block_size or tokens):
                 run = lambda *arrays: call(kernels, arrays[:3], arrays[3:])  # noqa: E731
                 return map_batch(run, q, k, v, *others)
-        return self._all_at_once(q, k, v, info, cache, index)
+        return self._without_kernel(q, k, v, info, cache, index)
 
-    def _all_at_once(
+    def _without_kernel(
         self, q: Queries, k: Keys, v: Keys, info: TokenInfo, cache: Cache, index: QueryIndex | None
     ) -> Queries:
         """Forms all scores, but for those of many new tokens and a long cache."""
@@ -177,9 +177,10 @@ class CausalAttention(AbstractAttentionFunction):
         # A token sees itself, so that the maximum of the softmax is finite.
         own_logits = logits(k.swapaxes(1, 2), info, own)
         values = v.swapaxes(1, 2)
+        slots = 0 if cache.info is None else cache.info.positions.shape[-1]
         if cache.info is None:
             mixed = mix(jax.nn.softmax(own_logits, axis=-1), values)
-        elif self.block_size and rows.shape[-2] > _FEW and _slots(cache) > self.block_size:
+        elif self.block_size and rows.shape[-2] > _FEW and slots > self.block_size:
             own_part = (rows, own_logits, values, query_info)
             past = (cache.entries, cache.info)
             mixed = attend_after_cache(self.scoring, *own_part, *past, self.block_size)
@@ -192,10 +193,6 @@ class CausalAttention(AbstractAttentionFunction):
             )
             mixed = mix(before, cached_values) + mix(after, values)
         return unstack_rows(mixed, q.shape[1]).astype(q.dtype)
-
-
-def _slots(cache: Cache) -> int:
-    return 0 if cache.info is None else cache.info.positions.shape[-1]
 
 
 def _products(rows: Rows, keys: KeyRows) -> Scores:

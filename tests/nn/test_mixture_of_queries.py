@@ -67,10 +67,16 @@ def test_random_layers(seed: int) -> None:
 
 
 def test_at_full_capacity_and_weight_one_it_is_the_dense_layer() -> None:
-    """To rounding: queries and keys are projected by two products instead of one."""
+    """To the bit: the same operations on the same tokens in the same order.
+
+    Queries and keys are projected by two products instead of one. With JAX 0.10 that is the same to
+    the bit; with 0.12 it differs by 5e-7.
+    """
     block, x = make_block(), hidden_states(4, 2, TOKENS, DIM)
     hidden, _ = run(make_layer(block, 1.0, gate=UnitGate()), x)
     dense, _ = run(mode.Residual(block), x)
+    if jax.__version_info__ < (0, 11):
+        np.testing.assert_array_equal(hidden, dense)
     np.testing.assert_allclose(hidden, dense, rtol=0, atol=1e-6)
 
 

@@ -1,8 +1,8 @@
 """Attention of many new tokens to a long cache, a block of its slots at a time.
 
 The scores of a piece of a prompt and all slots would take many times the memory of the cache. The
-running softmax is that of `_blockwise`, without a backward pass of its own: nobody trains through a
-cache.
+running softmax is that of `_blockwise`. There is no backward pass of its own: nobody trains through
+a cache.
 """
 
 import jax
@@ -12,11 +12,10 @@ from jaxtyping import Array, Float
 from ..._dtypes import float32_or_wider
 from ..._token_info import TokenInfo
 from ..._types import KeyRows, Rows, Scores
-from ._scoring import Scoring, product
+from ._scoring import RunningSoftmax, Scoring, add_keys, product
 
 
 _Slots = Float[Array, "batch kv_heads slots head_dim"]
-_State = tuple[Array, Array, Array]  # maxima, sums and mixed values of all rows
 
 
 def attend_after_cache(
@@ -36,15 +35,7 @@ def attend_after_cache(
     num_queries = query_info.positions.shape[-1]
     slots, head_dim, wide = entries[0].shape[2], rows.shape[-1], float32_or_wider(rows.dtype)
 
-    def add(state: _State, logits: Array, values: Array) -> _State:
-        top, total, out = state
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-        shrink, weights = jnp.exp(top - new_top), jnp.exp(logits - new_top)
-        mixed = product("bgqk,bgkd->bgqd", weights.astype(rows.dtype), values.astype(rows.dtype))
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        return new_top, total, out * shrink + mixed
-
-    def add_block(state: _State, first: Array) -> tuple[_State, None]:
+    def add_block(state: RunningSoftmax, first: Array) -> tuple[RunningSoftmax, None]:
         # The last block may reach back into the one before it, whose slots it leaves out.
         begin = jnp.minimum(first, slots - block_size)
         slot = begin + jnp.arange(block_size)
@@ -55,17 +46,17 @@ def attend_after_cache(
 
         info = jax.tree.map(lambda leaf: cut(leaf, 1), cache_info)
 
-        def attend(state: _State) -> _State:
+        def attend(state: RunningSoftmax) -> RunningSoftmax:
             keys, values = (cut(entry, 2) for entry in entries)
             products = product("bgqd,bgkd->bgqk", rows, keys.astype(rows.dtype))
             logits = scoring.logits(products, head_dim, query_info, info, is_new)
-            return add(state, logits, values)
+            return add_keys(state, logits, values.astype(rows.dtype))
 
         return jax.lax.cond(jnp.any(info.valid), attend, lambda state: state, state), None
 
     # A new token sees itself, so that the first maximum is of a key that is seen.
-    top = jnp.max(own_logits, axis=-1, keepdims=True)
+    top = jnp.max(own_logits, axis=-1)
     start = (top, jnp.zeros_like(top), jnp.zeros(rows.shape, wide))
-    firsts = jnp.arange(0, slots, block_size)
-    (_, total, out), _ = jax.lax.scan(add_block, add(start, own_logits, own_values), firsts)
-    return out / total
+    own = add_keys(start, own_logits, own_values.astype(rows.dtype))
+    (_, total, out), _ = jax.lax.scan(add_block, own, jnp.arange(0, slots, block_size))
+    return out / total[..., None]

@@ -18,7 +18,7 @@ from ..._dtypes import float32_or_wider
 from ..._token_info import TokenInfo
 from ..._types import QueryIndex, Scores
 from ._call import Arrays, Kernel
-from ._scoring import MASKED, Scoring, product, stack_rows, unstack_rows
+from ._scoring import MASKED, Scoring, add_keys, product, stack_rows, unstack_rows
 
 
 QueryBlocks = Float[Array, "blocks batch kv_heads rows head_dim"]
@@ -142,14 +142,10 @@ def _forward(
 
     def add(state: _Carry, pair: _Pair) -> tuple[_Carry, None]:
         i, j = pair
-        top, total, out = (part[i] for part in state)
         products = product("bgqd,bgkd->bgqk", q[i], k[j])
         logits = _logits(scoring, head_dim, products, infos, pair)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-        shrink = jnp.exp(top - new_top)
-        weights = jnp.exp(logits - new_top[..., None])
-        mixed = product("bgqk,bgkd->bgqd", weights.astype(v.dtype), v[j])
-        new = (new_top, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + mixed)
+        top, total, out = state
+        new = add_keys((top[i], total[i], out[i]), logits, v[j])
         top, total, out = (part.at[i].set(block) for part, block in zip(state, new, strict=True))
         return (top, total, out), None
 

@@ -106,3 +106,17 @@ def product(spec: str, *operands: Array) -> Array:
     """Multiplies in the dtype of the operands and adds up in float32 or wider."""
     wide = float32_or_wider(operands[0].dtype)
     return jnp.einsum(spec, *operands, preferred_element_type=wide)
+
+
+# Of rows of queries: the largest logits so far, the sums of the weights, the mixed values.
+RunningSoftmax = tuple[Array, Array, Array]
+
+
+def add_keys(state: RunningSoftmax, logits: Scores, values: Array) -> RunningSoftmax:
+    """Adds a block of keys to softmaxes under way. *Source:* arXiv:2205.14135, algorithm 1."""
+    top, total, out = state
+    new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+    shrink = jnp.exp(top - new_top)
+    weights = jnp.exp(logits - new_top[..., None])
+    mixed = product("bgqk,bgkd->bgqd", weights.astype(values.dtype), values)
+    return new_top, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + mixed
