@@ -54,6 +54,7 @@ def generate(
     keys: RandomKeys | None = None,
     stop_token: int | None = None,
     max_tokens: int | None = None,
+    chunk: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Generation:
     """Continues each prompt of a batch by up to `steps` tokens.
@@ -71,7 +72,7 @@ def generate(
     - `keys`: one per sequence, such as `jax.random.split(key, batch)`; not needed at temperature 0.
     - `stop_token`: a token after which a sequence is done; when all are, so is the program.
     - `max_tokens`: size of the caches; by default what the longest prompt and `steps` need.
-    - `cache_dtype`: as `prefill` takes it.
+    - `chunk`, `cache_dtype`: as `prefill` takes them.
 
     **Raises:** `ValueError` for steps below 1, prompts and steps that do not fit `max_tokens`, keys
     that are missing or not one per sequence, a stop token outside the vocabulary; and as `prefill`.
@@ -89,9 +90,8 @@ def generate(
     0.0
     """
     steps = check_count("steps", steps, 1)
-    state, stop_token = _begin(
-        model, prompts, lengths, steps, sampler, keys, stop_token, max_tokens, cache_dtype
-    )
+    options: dict[str, Any] = {"max_tokens": max_tokens, "chunk": chunk, "cache_dtype": cache_dtype}
+    state, stop_token = _begin(model, prompts, lengths, steps, sampler, keys, stop_token, **options)
     return continue_generation(
         model, state, steps=steps, sampler=sampler, keys=keys, stop_token=stop_token
     )
@@ -108,6 +108,7 @@ def stream(
     keys: RandomKeys | None = None,
     stop_token: int | None = None,
     max_tokens: int | None = None,
+    chunk: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Iterator[Int[Array, "batch every"]]:
     """Yields the tokens of `generate` as they come, and ends when all sequences are done.
@@ -129,9 +130,8 @@ def stream(
     [(1, 1), (1, 1), (1, 1), (1, 1)]
     """
     steps, every = check_count("steps", steps, 1), check_count("every", every, 1)
-    state, stop_token = _begin(
-        model, prompts, lengths, steps, sampler, keys, stop_token, max_tokens, cache_dtype
-    )
+    options: dict[str, Any] = {"max_tokens": max_tokens, "chunk": chunk, "cache_dtype": cache_dtype}
+    state, stop_token = _begin(model, prompts, lengths, steps, sampler, keys, stop_token, **options)
 
     def pieces(state: DecodeState | Generation) -> Iterator[Array]:
         for start in range(0, steps, every):
@@ -158,8 +158,9 @@ def _begin(
     sampler: Sampler,
     keys: RandomKeys | None,
     stop_token: int | None,
+    *,
     max_tokens: int | None,
-    cache_dtype: DTypeLike | None,
+    **options: Any,
 ) -> tuple[DecodeState, int | None]:
     """Checks the arguments of `generate` and reads the prompts. Returns the stop token checked."""
     check_model(model)
@@ -173,7 +174,7 @@ def _begin(
             f"{longest} tokens. Raise `max_tokens`, ask for fewer steps, or cut the prompts."
         )
     stop_token = _check_sampling(model, batch, sampler, keys, stop_token)
-    state, _ = prefill(model, prompts, lengths, max_tokens=max_tokens, cache_dtype=cache_dtype)
+    state, _ = prefill(model, prompts, lengths, max_tokens=max_tokens, **options)
     return state, stop_token
 
 

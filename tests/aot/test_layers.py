@@ -33,6 +33,7 @@ def expert(key: PRNGKeyArray) -> mode.SwiGLUFeedForward:
 KINDS: dict[str, Callable[[PRNGKeyArray], Any]] = {
     "dense": lambda key: mode.Residual(block(key)),
     "mod": lambda key: mode.MixtureOfDepths(block(key), DIM, 0.25, key=key),
+    "queries": lambda key: mode.MixtureOfQueries(block(key), DIM, 0.25, key=key),
     "moe": lambda key: mode.integrated_mode_layer(expert, DIM, HEADS, 8, 0, key=key),
     "staged": lambda key: mode.staged_mode_layer(expert, DIM, HEADS, 8, capacity=0.5, key=key),
     "integrated": lambda key: mode.integrated_mode_layer(expert, DIM, HEADS, 4, 4, key=key),

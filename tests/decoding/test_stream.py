@@ -46,12 +46,23 @@ def test_a_stream_ends_when_all_sequences_are_done() -> None:
     assert np.array_equal(jnp.concatenate(pieces, axis=1), whole.tokens[:, : len(pieces)])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_may_be_read_in_pieces(kind: str) -> None:
+    model = build(kind)
+    whole = mode.generate(model, prompts(), LENGTHS, steps=7, **options())
+    chunked = mode.generate(model, prompts(), LENGTHS, steps=7, chunk=3, **options())
+    pieces = list(mode.stream(model, prompts(), LENGTHS, steps=7, chunk=3, **options()))
+    assert np.array_equal(chunked.tokens, whole.tokens)
+    assert np.array_equal(jnp.concatenate(pieces, axis=1), whole.tokens)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
         ({"steps": 0}, "`steps`"),
         ({"steps": 4, "every": 0}, "`every`"),
         ({"steps": 4, "max_tokens": 5}, "`steps` and `prompts` must fit"),
+        ({"steps": 4, "chunk": 0}, "`chunk` must be"),
         ({"steps": 4, "cache_dtype": jnp.int8}, "`cache_dtype` must be a floating dtype"),
     ],
 )

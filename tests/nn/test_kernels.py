@@ -39,14 +39,25 @@ def others(info: mode.TokenInfo, index: Array | None = None) -> tuple[Array, ...
     return (info.positions, info.segment_ids, *([] if index is None else [index]))
 
 
-def weighted(kernels: Kernels, info: mode.TokenInfo, weight: Array) -> Any:
+def weighted(
+    kernels: Kernels, info: mode.TokenInfo, weight: Array, index: Array | None = None
+) -> Any:
     """A function of queries, keys and values whose gradient depends on every number."""
+    real = jnp.asarray(is_real(info, index))[..., None, None]
 
     def loss(qkv: list[Heads]) -> Array:
-        out = call(kernels, tuple(qkv), others(info))
-        return jnp.sum(jnp.where(info.valid[..., None, None], weight * jnp.sin(out), 0))
+        out = call(kernels, tuple(qkv), others(info, index))
+        return jnp.sum(jnp.where(real, weight * jnp.sin(out), 0))
 
     return loss
+
+
+def is_real(info: mode.TokenInfo, index: Array | None) -> np.ndarray:
+    """Says which queries are those of a token: the others are padding, or of an empty slot."""
+    valid = np.asarray(info.valid)
+    if index is None:
+        return valid
+    return np.take_along_axis(np.pad(valid, ((0, 0), (0, 1))), np.asarray(index), axis=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,6 +91,41 @@ def test_splash_attention_equals_the_oracle(
     ]
     for one, other in zip(*gradients, strict=True):
         assert_close(one, other, scale=20)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("queries", "tokens", "options"),
+    [(20, 40, {"soft_cap": 0.8, "scale": 0.7}), (300, 1100, {}), (520, 600, {"window": 150})],
+)
+def test_splash_attention_of_some_queries_equals_blockwise_attention(
+    queries: int, tokens: int, options: dict[str, Any], layout: str
+) -> None:
+    """As in `MixtureOfQueries`: rows differ in their queries, and some slots are empty."""
+    scoring, info = Scoring(**options), info_of(layout, 2, tokens)
+    some = np.tile(np.arange(tokens), (2, 1))
+    some = np.sort(rng(5).permuted(some, axis=1)[:, :queries], axis=1)
+    some[1, -queries // 3 :] = tokens
+    index = jnp.asarray(some, jnp.int32)
+    q, k, v = draw(0, 2, tokens, heads=4, kv_heads=2, dim=16, dtype=jnp.bfloat16)
+    qkv = (q[:, :queries], k, v)
+    kernel = splash(scoring, qkv, others(info, index), layout, interpret=True)
+    if "window" in options and layout != "plain":
+        assert "window" in str(kernel)
+        return
+    assert not isinstance(kernel, str)
+    wide = [part.astype(jnp.float32) for part in qkv]
+    real = is_real(info, index)
+    weight = jnp.asarray(rng(9).normal(size=wide[0].shape), jnp.float32)
+    results = []
+    for one in (kernel, blockwise(scoring, 64)):
+        kernels = Kernels(one, {})
+        out = jax.jit(lambda *x, kernels=kernels: call(kernels, x, others(info, index)))(*wide)
+        results.append(
+            [out[real], *jax.jit(jax.grad(weighted(kernels, info, weight, index)))(wide)]
+        )
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected, scale=20)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
