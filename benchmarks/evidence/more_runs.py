@@ -1,7 +1,8 @@
-"""Trains the runs of the two studies, beside those of the preset `cpu-hour` and into its folder.
+"""Trains the runs of three studies, beside those of the preset `cpu-hour` and into its folder.
 
-The studies ask how the gap between the loss under top-k and the causal loss closes, and how much
-top-k leaks from the future. Their arms differ from one of the lab's in one thing each.
+`gap` says how the gap between the loss under top-k and the causal loss closes, and `leak` how much
+top-k leaks from the future; their arms differ from one of the lab's in one thing each. `forms`
+compares all arms of the lab at equal FLOPs.
 
     mode-lab isoflop --out runs/evidence
     python benchmarks/evidence/more_runs.py --out runs/evidence
@@ -12,13 +13,14 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import tyro
 from jaxtyping import Array, Float
 
 import mode
-from mode.lab.arms import Arm, predictor_loss
+from mode.lab.arms import ALL_ARMS, Arm, predictor_loss
 from mode.lab.console import make_console
 from mode.lab.evidence.presets import PRESETS, Grid, Preset, bce_loss, sweep_arms
 from mode.lab.evidence.sweep import run_sweep
@@ -78,26 +80,40 @@ GAP_ARMS: tuple[Arm, ...] = (
 LEAK_ARMS = (AFTER, dataclasses.replace(MOE, name="moe-after", under_rule=0.0))
 
 
+# The form in which selection on text has something to find, and its control.
+QUERIES = sweep_arms("mod-queries", "mod-queries-random")
+
+Study = Literal["gap", "leak", "forms"]
+STUDIES: tuple[Study, ...] = get_args(Study)
+
+
 def of_length(reference: Size, length: int) -> Size:
     """The reference with shorter or longer sequences, and as many tokens in a step."""
     batch = reference.batch * reference.length // length
     return dataclasses.replace(reference, length=length, batch=batch)
 
 
-def studies(base: Preset, names: Sequence[str], seeds: int) -> Preset:
-    """The runs of both studies at the reference of a preset, of all arms or of those named."""
+def studies(
+    base: Preset, names: Sequence[str], seeds: int, which: Sequence[Study] = STUDIES
+) -> Preset:
+    """The runs of studies at the reference of a preset, of all arms or of those named."""
     reference, budgets = base.reference, base.grids[0].budgets
     lengths = tuple(of_length(reference, length) for length in (16, 32, 64, 256))
     layers = tuple(dataclasses.replace(reference, depth=depth) for depth in (2, 6, 8))
-    gap, leak = (
+    gap, leak, forms, queries = (
         tuple(arm for arm in arms if not names or arm.name in names)
-        for arms in ((*GAP_ARMS, LEAK_ARMS[1]), LEAK_ARMS)
+        for arms in ((*GAP_ARMS, LEAK_ARMS[1]), LEAK_ARMS, ALL_ARMS, QUERIES)
     )
-    grids = (
-        Grid(gap, (reference,), budgets, seeds),
-        Grid(leak, (*lengths, *layers), budgets[:1], seeds),
-    )
-    return dataclasses.replace(base, about="the studies", grids=grids)
+    grids = {
+        "gap": (Grid(gap, (reference,), budgets, seeds),),
+        "leak": (Grid(leak, (*lengths, *layers), budgets[:1], seeds),),
+        "forms": (
+            Grid(forms, (reference,), budgets[:1], seeds),
+            Grid(queries, (reference,), budgets[1:], seeds),
+        ),
+    }
+    chosen = tuple(grid for study in which for grid in grids[study])
+    return dataclasses.replace(base, about="the studies", grids=chosen)
 
 
 def main(
@@ -105,6 +121,7 @@ def main(
     arms: tuple[str, ...] = (),
     seeds: int = 3,
     minutes: float | None = None,
+    study: tuple[Study, ...] = STUDIES,
 ) -> None:
     """Train the runs of the studies that are not in the folder yet.
 
@@ -113,8 +130,9 @@ def main(
         arms: Of these arms alone.
         seeds: The number of seeds, from 0.
         minutes: No run starts after so many.
+        study: Which studies.
     """
-    preset = studies(PRESETS["cpu-hour"], arms, seeds)
+    preset = studies(PRESETS["cpu-hour"], arms, seeds, study)
     run_sweep(preset, Recipe(), out, None, minutes, make_console())
 
 

@@ -12,8 +12,8 @@ from annotated_types import Ge, Le
 from .options import (
     ARM_TEXTS,
     DEFAULT_NAMES,
-    DEFAULT_TASK_ARMS,
     NAMES,
+    OWN_TASK_ARMS,
     TASK_ARMS,
     TASK_TEXTS,
     Count,
@@ -103,7 +103,7 @@ class Tasks:
     arms: Annotated[
         tuple[str, ...],
         tyro.conf.arg(help=_texts("What to compare.", TASK_ARMS), metavar="ARM ..."),
-    ] = DEFAULT_TASK_ARMS
+    ] = tuple(OWN_TASK_ARMS)
     seeds: Count = 3
     """How many seeds, from 0."""
     steps: Annotated[int | None, Ge(2), Le(10**9)] = None

@@ -84,14 +84,16 @@ def recursion(
     *,
     select: mode.AbstractSelector = mode.ExpertChoice(),
     share_keys: bool = False,
+    capacities: Sequence[mode.Capacity] = (),
 ) -> mode.Recursion:
-    """Rounds of fewer and fewer tokens: of four, all, three quarters, a half, a quarter."""
+    """Rounds of fewer and fewer tokens: by default, of four, all, three quarters, a half, a
+    quarter."""
     block_key, router_key = jax.random.split(key)
     rounds = round_count(size)
     return mode.Recursion(
         dense_block(size, block_key),
         size.dim,
-        [Fraction(rounds - number, rounds) for number in range(rounds)],
+        capacities or [Fraction(rounds - number, rounds) for number in range(rounds)],
         select=select,
         share_keys=share_keys,
         key=router_key,

@@ -56,7 +56,8 @@ TASK_TEXTS = {
     "copy": "a span that comes again later",
     "arithmetic": "sums of variables, by questions after filler",
 }
-TASK_ARMS = {
+# Arms of a task alone, which are those that `tasks` trains if none is named.
+OWN_TASK_ARMS = {
     "dense": "a second layer for every token",
     "left-out": "no second layer",
     "oracle": "a routed one that selects by the class of a token",
@@ -64,13 +65,13 @@ TASK_ARMS = {
     "random": "its control: tokens at random",
     "strided": "evenly spaced tokens",
 }
-# Those that `tasks` trains if none is named.
-DEFAULT_TASK_ARMS = tuple(TASK_ARMS)
-TASK_ARMS |= {
-    "queries": "Mixture-of-Depths in which skipped tokens are keys: questions alone need a slot",
-    "parts": "attention and feed-forward, each by a router of its own; slots are the attention's",
-    "recursion": "a block in two rounds, of twice the tokens and then of as many",
+# Any other arm of the ablation may be the second layer.
+TASK_ARMS = OWN_TASK_ARMS | {
+    name: text
+    for name, text in ARM_TEXTS.items()
+    if name not in ("dense", "left-out", "mod", "mod-random")
 }
+RECURSIONS = ("recursion", "recursion-random", "recursion-shared")
 
 # Ranges: `check_options` refuses numbers outside of them, and so does every record that is read.
 Count = Annotated[int, Ge(1), Le(10**9)]

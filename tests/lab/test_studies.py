@@ -12,10 +12,12 @@ import equinox as eqx
 import jax
 import pytest
 
+from mode.lab.arms import ALL_ARMS
 from mode.lab.evidence.frame import Runs, to_frame
 from mode.lab.evidence.presets import PRESETS, SWEEP_ARMS, sizes_like
 from mode.lab.evidence.sweep import list_runs
 from mode.lab.options import Recipe
+from mode.lab.tasks.records import Score, TaskResult
 from tests.lab.records import REFERENCE, made_up, pairs
 
 
@@ -94,7 +96,8 @@ def test_the_gain_of_learning_is_by_size_and_budget(studies: ModuleType) -> None
 
 
 def test_arms_of_the_studies_can_be_built() -> None:
-    preset = script("more_runs").studies(PRESETS["cpu-hour"], (), 3)
+    more_runs = script("more_runs")
+    preset = more_runs.studies(PRESETS["cpu-hour"], (), 3, ("gap", "leak"))
     arms = preset.grids[0].arms
     names = [arm.name for arm in (*arms, *SWEEP_ARMS)]
     assert len(names) == len(set(names))
@@ -103,6 +106,42 @@ def test_arms_of_the_studies_can_be_built() -> None:
     # Of 15 arms at 2 budgets, and of 2 at 7 other sizes, with 3 seeds each.
     runs = list_runs(preset.grids, preset.settings(Recipe(), "text"))
     assert len(runs) == 3 * (15 * 2 + 2 * 7)
+    forms = more_runs.studies(PRESETS["cpu-hour"], (), 5, ("forms",))
+    # All arms at the smaller budget, and two at the other one.
+    runs = list_runs(forms.grids, forms.settings(Recipe(), "text"))
+    assert len(runs) == 5 * (len(ALL_ARMS) + 2)
+
+
+def test_the_table_of_forms_is_by_seed() -> None:
+    forms = script("forms")
+    records = [
+        made_up(arm, loss + 0.1 * seed, seed=seed)
+        for arm, loss in (("dense", 2.5), ("mod", 2.25), ("mod-queries", 2.0))
+        for seed in range(6)
+    ]
+    table = forms.losses(Runs.of(to_frame(records), REFERENCE), 1e8)
+    assert list(table["arm"]) == ["mod-queries", "mod", "dense"]
+    assert table["causal"].tolist() == pytest.approx([2.2, 2.45, 2.7])  # of the first five seeds
+    assert table["minus dense"][0] == "-0.5000 (-0.5000 to -0.5000, 5 runs)"
+    assert table["minus dense"].isna().tolist() == [False, False, True]
+
+
+def test_what_an_arm_found_is_read_by_its_name_in_the_tasks() -> None:
+    forms = script("forms")
+    score = Score(accuracy=0.5, hits={}, classes=(), selected=())
+    hits = {"value": 0.9, "question": 1.0, "filler": 0.1}
+    better = score.model_copy(update={"accuracy": 0.75, "hits": hits})
+    results = [
+        TaskResult(task=task, arm=arm, seed=seed, top_k=score, causal=better)
+        for task, arm, seed in (
+            ("recall", "learned", 0),
+            ("recall", "learned", 1),
+            ("s3", "learned", 0),
+        )
+    ]
+    expected = {"recall, by seed": "0.75 0.75", "value": "0.90", "question": "1.00"}
+    assert forms.found(results, "mod") == expected | {"filler": "0.10"}
+    assert forms.found(results, "moe") == dict.fromkeys([*expected, "filler"])
 
 
 def routers(*options: str) -> str:

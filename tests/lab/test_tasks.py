@@ -13,7 +13,7 @@ from rich.console import Console
 import mode
 from mode.lab.ablate import run_rereport
 from mode.lab.commands import TASK_RECIPE, Rereport, Tasks
-from mode.lab.options import DEFAULT_TASK_ARMS, TASK_ARMS, TASK_TEXTS, Recipe
+from mode.lab.options import OWN_TASK_ARMS, RECURSIONS, TASK_ARMS, TASK_TEXTS, Recipe
 from mode.lab.tasks.arms import TaskSize, build, mixture_of_depths, train_and_score
 from mode.lab.tasks.command import run_tasks
 from mode.lab.tasks.records import read_results
@@ -143,10 +143,13 @@ def test_the_oracle_selects_what_is_needed_and_nothing_else(name: str) -> None:
         np.testing.assert_array_equal(selected, np.asarray(task.is_needed(batch.classes)))
 
 
-def test_every_other_form_is_routed() -> None:
-    """Its first router has the slots of the task, but that of a recursion, which has twice them."""
-    task = recall()
-    for arm in set(TASK_ARMS) - set(DEFAULT_TASK_ARMS):
+@pytest.mark.parametrize("name", ["recall", "copy", "arithmetic"])
+def test_the_ablation_s_arms_of_depth_have_the_slots_of_the_task(name: str) -> None:
+    """So has their first router, but that of a recursion: twice them."""
+    task = task_named(name)
+    for arm in TASK_ARMS:
+        if arm in OWN_TASK_ARMS or not arm.startswith(("mod-", *RECURSIONS)):
+            continue
         model = eqx.filter_eval_shape(
             lambda arm=arm: build(
                 arm,
@@ -157,12 +160,13 @@ def test_every_other_form_is_routed() -> None:
                 key=jax.random.key(0),
             )
         )
-        first = mode.routers(model)[0]
-        factor = 2 if arm == "recursion" else 1
-        assert float(first.capacity) == pytest.approx(factor * float(task.capacity))
+        if arm == "recursion-depth":  # a token chooses, there are no slots
+            continue
+        slots = mode.token_capacity(task.length, mode.routers(model)[0].capacity)
+        assert slots == (2 if arm in RECURSIONS else 1) * task.slots
 
 
-@pytest.mark.parametrize("arm", DEFAULT_TASK_ARMS)
+@pytest.mark.parametrize("arm", OWN_TASK_ARMS)
 def test_every_arm_trains(arm: str) -> None:
     """Arms with a routed layer say which classes got a slot; only learned selection looks ahead."""
     task = recall()
@@ -176,6 +180,15 @@ def test_every_arm_trains(arm: str) -> None:
     if is_routed:
         selected = np.array(top_k.selected)
         assert selected.sum() == task.slots * len(selected)
+
+
+@pytest.mark.parametrize("arm", ["mod-predictor", "mod-both", "recursion-depth", "mode-free"])
+def test_arms_of_the_ablation_train(arm: str) -> None:
+    """With a loss and a causal rule of their own, where they have one."""
+    task = recall(length=32, pairs=2, keys=4)
+    top_k, causal = train_and_score(task, arm, Recipe(), steps=4, seed=0, size=SMALL)
+    assert set(top_k.hits) == set(task.classes)
+    assert (causal is not None) == (arm in ("mod-predictor", "mod-both"))
 
 
 def test_recall_is_learned() -> None:

@@ -14,7 +14,8 @@ import mode
 from mode._types import Scalar
 from mode.routing import Routings, masked_mean
 
-from ..options import Recipe
+from ..arms import Arm, arm_named
+from ..options import OWN_TASK_ARMS, RECURSIONS, Recipe, Size
 from .fit import fit
 from .records import Score
 from .sequences import Sequence, Task, with_oracle
@@ -45,31 +46,32 @@ def mixture_of_depths(
     return mode.MixtureOfDepths(block, dim, capacity, key=key)
 
 
-def _parts(
-    block: Callable, dim: int, capacity: mode.Capacity, *, key: PRNGKeyArray
-) -> mode.Sequential:
-    assert isinstance(block, mode.TransformerBlock)
-    keys = jax.random.split(key)
-    return mode.Sequential(
-        [
-            mode.MixtureOfDepths(part, dim, capacity, key=part_key)
-            for part, part_key in zip(block.split(), keys, strict=True)
-        ]
-    )
+def _lab_arm(name: str) -> Arm | None:
+    """The arm of the ablation, where the name is none of a task's own."""
+    return None if name in OWN_TASK_ARMS else arm_named(name)
 
 
-def _recursion(
-    block: Callable, dim: int, capacity: mode.Capacity, *, key: PRNGKeyArray
-) -> mode.Recursion:
-    return mode.Recursion(block, dim, (min(1, 2 * capacity), capacity), key=key)
-
-
-# Arms that have a layer of their own.
-_LAYERS: dict[str, MakeRouted] = {
-    "queries": mode.MixtureOfQueries,
-    "parts": _parts,
-    "recursion": _recursion,
-}
+def _routed(
+    name: str,
+    block_size: TaskSize,
+    make_routed: MakeRouted,
+    capacity: mode.Capacity,
+    key: PRNGKeyArray,
+) -> Callable:
+    """The routed layer of an arm."""
+    arm = _lab_arm(name)
+    if arm is not None and arm.routed is not None:
+        # Of four layers, a loop or a recursion stands for the two in the middle.
+        size = Size(dim=block_size.dim, heads=block_size.heads, depth=4, capacity=float(capacity))
+        # The second round of a recursion has the slots of the task.
+        rounds = {"capacities": (min(1, 2 * capacity), capacity)}
+        return arm.routed(size, key, **(rounds if name in RECURSIONS else {}))
+    block_key, router_key = jax.random.split(key)
+    block = mode.TransformerBlock(block_size.dim, block_size.heads, key=block_key)
+    layer = make_routed(block, block_size.dim, capacity, key=router_key)
+    if name not in CONTROLS:
+        return layer
+    return mode.map_routers(lambda r: eqx.tree_at(lambda r: r.select, r, CONTROLS[name]), layer)
 
 
 def build(
@@ -87,14 +89,8 @@ def build(
     def dense(key: PRNGKeyArray) -> mode.Residual:
         return mode.Residual(mode.TransformerBlock(size.dim, size.heads, key=key))
 
-    def controlled(router: mode.Router) -> mode.Router:
-        return eqx.tree_at(lambda r: r.select, router, CONTROLS[arm])
-
     def routed(key: PRNGKeyArray) -> Callable:
-        block_key, router_key = jax.random.split(key)
-        block = mode.TransformerBlock(size.dim, size.heads, key=block_key)
-        layer = _LAYERS.get(arm, make_routed)(block, size.dim, capacity, key=router_key)
-        return mode.map_routers(controlled, layer) if arm in CONTROLS else layer
+        return _routed(arm, size, make_routed, capacity, key)
 
     upper = {"dense": [dense], "left-out": []}.get(arm, [routed])
     return mode.Transformer(vocab, size.dim, [dense, *upper], repeats, key=key)
@@ -109,15 +105,19 @@ def train_and_score(
     seed: int,
     size: TaskSize = TaskSize(),
     make_routed: MakeRouted = mixture_of_depths,
-    auxiliary: Callable[[Routings], Scalar] = lambda routings: jnp.zeros(()),
+    auxiliary: Callable[[Routings], Scalar] | None = None,
 ) -> tuple[Score, Score | None]:
     """Trains the model of an arm on a task.
 
     `make_routed` builds the routed layer, of a router of your own as well, and `auxiliary` is added
-    to the loss beside the recipe's cost.
+    to the loss beside the recipe's cost. An arm of the ablation has its own.
 
     **Returns:** its scores as it was trained and, where that looks at the future, causally.
     """
+    lab_arm = _lab_arm(arm)
+    rule = None if lab_arm is None else lab_arm.rule
+    if auxiliary is None and lab_arm is not None:
+        auxiliary = lab_arm.auxiliary
     keys = jax.random.split(jax.random.key(seed), 4)
     sizes = {"vocab": task.vocab, "capacity": task.capacity}
     model = eqx.filter_jit(build)(arm, size, make_routed, **sizes, key=keys[0])
@@ -134,7 +134,8 @@ def train_and_score(
         batch = task.batch(data, size.batch)
         logits, routings = run(model, batch, key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return masked_mean(losses, batch.scored) + auxiliary(routings), routings
+        loss = masked_mean(losses, batch.scored)
+        return loss if auxiliary is None else loss + auxiliary(routings), routings
 
     model = fit(model, objective, jax.random.split(keys[1], steps), recipe, key=keys[2])
     test_key, calibration_key = jax.random.split(keys[3])
@@ -145,7 +146,8 @@ def train_and_score(
     top_k, causal = _score(task, batch, *measure(model, batch, keys[2])), None
     if arm != "oracle" and any(not router.select.is_causal for router in mode.routers(model)):
         text = draw(calibration_key, _CALIBRATED).tokens
-        causal_model = mode.make_causal(mode.calibrate_thresholds(model, text))
+        model = mode.calibrate_thresholds(model, text)
+        causal_model = mode.make_causal(model, threshold=rule)
         causal = _score(task, batch, *measure(causal_model, batch, keys[2]))
     return top_k, causal
 
