@@ -16,7 +16,7 @@ import mode
 
 CAPACITY = 0.125
 HEADS = 4
-LIMITS = {"forward+backward": 1.10, "forward": 1.30}
+LIMITS = {"forward+backward": 1.05, "forward": 1.10}
 
 
 def measure(shape: tuple[int, int, int]) -> bool:

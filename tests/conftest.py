@@ -20,34 +20,38 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-# How this process compiled last.
-_compiled_quickly = [False]
+# Whether this process optimized what it compiled last.
+_optimized = [True]
 
 
-def _is_quick(module: object) -> bool:
-    """Whether a file says `QUICK = True`."""
-    return getattr(module, "QUICK", False)
+def _is_optimized(item: pytest.Item) -> bool:
+    return item.get_closest_marker("optimized") is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declares the mark."""
+    config.addinivalue_line("markers", "optimized: compiled as users compile, in more time")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs files that compile alike one after the other: they may share programs."""
-    items.sort(key=lambda item: not _is_quick(getattr(item, "module", None)))
+    """Runs tests that compile alike one after the other: they may share programs."""
+    items.sort(key=_is_optimized)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles as users do, unless a file says `QUICK = True`.
+    """Has LLVM optimize only the programs of tests with the mark `optimized`.
 
-    Fusion changes the last bits of numbers. So claims of equal bits, of causality and of decoding
-    are tested with it; files of errors, shapes and tolerances may leave it out and compile faster.
+    Without it, compiling takes a quarter of the time, which is most of what a test takes. The mark
+    is for claims of equal bits and of causality, which are to hold in the programs that users run.
     This runs before every fixture, as one of the session may train what a test compares bit for
     bit.
     """
-    quick = _is_quick(getattr(item, "module", None))
-    if quick != _compiled_quickly[-1]:
-        jax.clear_caches()  # another file may have compiled the same programs the other way
-        _compiled_quickly.append(quick)
-    jax.config.update("jax_disable_most_optimizations", quick)
+    optimized = _is_optimized(item)
+    if optimized != _optimized[-1]:
+        jax.clear_caches()  # another test may have compiled the same programs the other way
+        _optimized.append(optimized)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(autouse=True, scope="module")

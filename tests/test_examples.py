@@ -7,9 +7,6 @@ import pytest
 from tests.examples import CLAIMS, EXAMPLES, run_example
 
 
-QUICK = True
-
-
 @pytest.mark.parametrize(
     "path", [path for path in EXAMPLES if path not in CLAIMS], ids=lambda path: path.stem
 )

@@ -15,7 +15,6 @@ import pytest
 import mode
 
 
-QUICK = True
 KEY = jax.random.key(0)
 
 

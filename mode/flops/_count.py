@@ -15,6 +15,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from .._dtypes import is_shaped
+from ..nn._kernels import tangent_program
 
 
 # Primitives that cost one operation per number that comes out of them, or goes into them.
@@ -98,6 +99,8 @@ def _count(jaxpr: jex.Jaxpr | jex.ClosedJaxpr, scope: str) -> Counter[tuple[str,
             counted[part, False] += _floats(eqn.invars)
         elif name.startswith("scatter-add"):
             counted[part, False] += _floats(eqn.invars[2:])
+        elif (program := tangent_program(eqn)) is not None:
+            counted.update(_count(program, part))
         elif not name.startswith(("scatter", "reduce")):
             repeats = eqn.params["length"] if name == "scan" else 1
             # The programs inside: of a scan, a call, a checkpoint, a custom gradient.

@@ -16,6 +16,9 @@ from .compilers import CUDNN, TPU
 from .test_layers import DIM, KINDS, VOCAB
 
 
+pytestmark = pytest.mark.optimized
+
+
 H100, V5E = "cuda:h100", "tpu:v5e:1x1"
 TARGETS = [pytest.param(V5E, marks=TPU), pytest.param(H100, marks=CUDNN)]
 CALLS = {H100: "__cudnn$fmha", V5E: "tpu_custom_call"}

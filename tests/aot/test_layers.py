@@ -17,6 +17,9 @@ from mode.aot import compile_for
 from .compilers import GPU, TPU
 
 
+pytestmark = pytest.mark.optimized
+
+
 DIM, VOCAB, TOKENS, HEADS = 256, 512, 512, 4
 KEY = jax.random.key(0)
 TARGETS = [pytest.param("tpu:v5e:2x2", marks=TPU), pytest.param("cuda:h100", marks=GPU)]

@@ -14,6 +14,9 @@ from mode.aot import OutOfMemory, compile_for, device_memory_bytes, mesh_for
 from .compilers import GPU, TPU
 
 
+pytestmark = pytest.mark.optimized
+
+
 X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
 
 

@@ -13,8 +13,6 @@ import mode
 from tests.decoding.cases import DIM, VOCAB, draw_texts
 
 
-QUICK = True
-
 KEY = jax.random.key(0)
 BATCH, PROMPT, TOKENS = 5, 6, 16
 LENGTHS = jnp.array([3, 6, 1, 5, 2])

@@ -13,8 +13,6 @@ import mode
 from tests import reference as ref
 
 
-QUICK = True
-
 DRAWS = 20_000
 LOGITS = np.array([0.3, 2.0, -1.0, 2.0, 0.9, -3.0, 1.4])
 

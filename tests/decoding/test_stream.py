@@ -11,7 +11,6 @@ import mode
 from tests.decoding.cases import BATCH, LENGTHS, PROMPT, VOCAB, build, draw_texts
 
 
-QUICK = True
 SAMPLER = mode.Sampler(temperature=1.0, top_k=8)
 KINDS = ("dense", "mod quantile identity", "staged quantile softmax")
 

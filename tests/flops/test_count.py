@@ -222,6 +222,12 @@ def test_attention_in_blocks(window: int | None, pairs: int) -> None:
     gradient = jax.grad(loss, argnums=(0, 1, 2))
     assert mode.count_flops(gradient, q, q, q, info).matmul == 7 * product
 
+    def tangent(q: Array, k: Array, v: Array, info: mode.TokenInfo) -> tuple[Array, Array]:
+        return jax.jvp(lambda q, k, v: loss(q, k, v, info), (q, k, v), (q, k, v))
+
+    # Of the result, and the same again with four for its derivative.
+    assert mode.count_flops(tangent, q, q, q, info).matmul == 8 * product
+
 
 def test_a_loop_whose_length_is_data_counts_once() -> None:
     def loop(a: Array, length: Array) -> Array:

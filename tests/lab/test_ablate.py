@@ -27,7 +27,6 @@ from tests.lab.helpers import quiet, repeating_texts
 
 
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
-QUICK = True
 FLAGS = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "96"),
     *("--size.batch", "2", "--size.experts", "2", "--size.noop", "1"),

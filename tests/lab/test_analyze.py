@@ -25,7 +25,6 @@ from tests.lab.runs import untrained
 
 
 SIZE = Size(dim=8, depth=4, heads=1, length=32, batch=3, experts=2, noop=1, capacity=0.25)
-QUICK = True
 
 
 # The passage.

@@ -19,7 +19,6 @@ from tests.lab.helpers import repeating_texts
 from tests.lab.records import SETTINGS, made_up
 
 
-QUICK = True
 COUNT = int(os.environ.get("MODE_DAMAGES", "200"))
 SIZES = [
     *("--size.dim", "8", "--size.depth", "2", "--size.heads", "1", "--size.length", "32"),

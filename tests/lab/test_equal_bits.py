@@ -27,6 +27,9 @@ from tests.lab.helpers import quiet
 from tests.lab.runs import trained, untrained
 
 
+pytestmark = pytest.mark.optimized
+
+
 SIZE = Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
 
 

@@ -23,8 +23,6 @@ from tests.lab.records import REFERENCE, SETTINGS, made_up
 from tests.lab.runs import isoflop
 
 
-QUICK = True
-
 # Records.
 
 

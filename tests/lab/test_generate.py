@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 import mode
 from mode.lab import run
 from tests.lab.helpers import quiet
 from tests.lab.runs import generated
+
+
+pytestmark = pytest.mark.optimized
 
 
 def test_text_comes_from_the_newest_checkpoint(whole: Path) -> None:

@@ -9,9 +9,6 @@ from tests.lab.helpers import quiet, said
 from tests.lab.runs import generated, training, untrained
 
 
-QUICK = True
-
-
 def test_an_arm_of_whole_sequences_has_no_text(tmp_path: Path, texts: str) -> None:
     console = quiet()
     run.run_training(training(tmp_path / "run", texts, arm="mod-random", steps=2), console)

@@ -27,7 +27,6 @@ from tests.helpers import rng
 from tests.pretrained.cases import CONFIGS, make_tensors, write_folder
 
 
-QUICK = True
 CONFIG = {**CONFIGS["llama"], "vocab_size": 260, "num_hidden_layers": 5}
 TEXT = "the cat sat on the mat; a dog ran to the red barn. " * 12
 

@@ -18,6 +18,9 @@ from mode.lab.run import TrainResult
 from tests.lab.helpers import repeating_texts
 
 
+pytestmark = pytest.mark.optimized
+
+
 # Sends the signal to its own process at the n-th audit event of one kind.
 AT_EVENT = """
 import os, sys

@@ -18,8 +18,6 @@ from mode.lab import __main__ as lab, commands
 from mode.lab.__main__ import main
 
 
-QUICK = True
-
 OPTIONS = {
     "ablate": commands.Ablation,
     "report": commands.Rereport,

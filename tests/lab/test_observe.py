@@ -27,7 +27,6 @@ from tests.lab.helpers import LINE, documents
 
 
 SIZE = Size(dim=8, depth=4, heads=1, length=32, batch=3, experts=2, noop=1, capacity=0.25)
-QUICK = True
 
 # Two files, whose border is inside a sequence, and padding at the end.
 DOCUMENTS = documents("".join(LINE.format(n) for n in range(3)), LINE.format(10) * 2 + "x")

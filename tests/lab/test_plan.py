@@ -32,6 +32,9 @@ from mode.lab.step import begin
 from tests.lab.helpers import quiet, said
 
 
+pytestmark = pytest.mark.optimized
+
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra aot-tpu")
 GPU = pytest.mark.skipif(

@@ -24,7 +24,6 @@ from tests.lab.helpers import quiet, said
 SIZE = Size(dim=16, depth=2, heads=2, length=32, batch=4, experts=4, noop=1)
 STEPS = 8
 ARM = "mode-integrated"
-QUICK = True
 # The command itself, which also notes the sequences that it reads and of how many.
 NOTING = """
 import sys

@@ -19,7 +19,6 @@ from tests.lab.runs import trained
 
 SIZE = Size(dim=8, depth=2, heads=1, length=32, batch=2, experts=2, noop=1, capacity=0.25)
 RAMP = Recipe(ramp=0.5, ramp_stages=2)
-QUICK = True
 
 
 def test_stages_of_a_recipe() -> None:

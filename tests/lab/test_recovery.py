@@ -18,7 +18,6 @@ from tests.lab.helpers import quiet, repeating_texts, said
 
 
 SIZE = Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
-QUICK = True
 
 
 def test_recovery() -> None:

@@ -21,7 +21,6 @@ from tests.lab.runs import losses, training
 
 
 SIZE = arms.Size(dim=8, depth=2, heads=1, length=96, batch=2, experts=2, noop=1)
-QUICK = True
 
 
 def test_training_moves_thresholds_and_ends_under_the_selectors_it_began_with(texts: str) -> None:

@@ -21,8 +21,6 @@ from mode.lab.tasks.sequences import arithmetic, copy, recall, task_named, with_
 from tests.lab.helpers import quiet, said
 
 
-QUICK = True
-
 each_task = pytest.mark.parametrize("name", TASK_TEXTS)
 SMALL = TaskSize(dim=8, heads=2, batch=4)
 

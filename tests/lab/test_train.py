@@ -26,6 +26,9 @@ from tests.lab.helpers import quiet, said
 from tests.lab.runs import FLAGS, STEPS, losses, saved, training
 
 
+pytestmark = pytest.mark.optimized
+
+
 def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path, texts: str) -> None:
     """Killed under top-k and in the last fifth, which trains under the rule."""
     out = tmp_path / "run"

@@ -14,6 +14,9 @@ from tests.helpers import assert_close, padded_info
 from tests.layers import DIM, TOKENS, VOCAB, experts, hidden, run, transformer_block, with_selector
 
 
+pytestmark = pytest.mark.optimized
+
+
 KEY = jax.random.key(3)
 IDS = jax.random.randint(KEY, (2, TOKENS), 0, VOCAB)
 THRESHOLDS = [mode.QuantileThreshold, mode.LogitThreshold, mode.PredictorThreshold]

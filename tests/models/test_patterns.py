@@ -13,8 +13,6 @@ from tests.layers import DIM, TOKENS, VOCAB
 from tests.models.cases import IDS, KEY, dense, half, layers_in_order, routed
 
 
-QUICK = True
-
 # Depth, options, the numbers of the routed layers, and (length of the period, repeats).
 INTERLEAVED: list[tuple[int, dict[str, Any], list[int], list[tuple[int, int]]]] = [
     (6, {}, [1, 3, 5], [(2, 3)]),

@@ -15,8 +15,6 @@ from tests.layers import DIM, VOCAB, run, with_selector
 from tests.models.cases import IDS, KEY, dense, half, layers_in_order, mixed, model, routed
 
 
-QUICK = True
-
 STACKS: dict[str, list[tuple[list[Any], int]]] = {
     "one layer": [([dense], 1)],
     "a period of one": [([routed], 3)],

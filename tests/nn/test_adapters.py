@@ -15,8 +15,6 @@ import mode
 from tests.layers import DIM, TOKENS, depth, transformer_block
 
 
-QUICK = True
-
 KEY = jax.random.key(0)
 DROPOUT = eqx.nn.Dropout(0.5)
 

@@ -150,6 +150,7 @@ def test_gradients_stay_finite_where_scores_are_huge(block_size: int | None) -> 
     assert all(np.isfinite(leaf).all() for leaf in got)
 
 
+@pytest.mark.optimized
 @forms
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 199])
 def test_later_tokens_change_nothing_bit_for_bit(block_size: int | None, cut: int) -> None:
@@ -162,6 +163,7 @@ def test_later_tokens_change_nothing_bit_for_bit(block_size: int | None, cut: in
     assert not np.array_equal(before[:, cut:], after[:, cut:])
 
 
+@pytest.mark.optimized
 @forms
 def test_other_documents_and_padding_change_nothing(block_size: int | None) -> None:
     """What stands in another segment reaches neither results nor gradients, bit for bit."""

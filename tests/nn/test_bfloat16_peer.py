@@ -14,6 +14,9 @@ import pytest
 import mode
 
 
+pytestmark = pytest.mark.optimized
+
+
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional if torch else None
 

@@ -16,8 +16,6 @@ from mode.nn import bucket_sizes, run_bucketed
 from tests.helpers import assert_close
 
 
-QUICK = True
-
 DIM, VOCAB, BATCH, TOKENS = 8, 16, 12, 10
 KEY = jax.random.key(2)
 

@@ -15,8 +15,6 @@ from tests.helpers import assert_close, hidden_states
 from tests.layers import DIM, depth, expert, experts, transformer_block
 
 
-QUICK = True
-
 KEY = jax.random.key(5)
 BATCH, TOKENS = 2, 10
 X = hidden_states(1, BATCH, TOKENS, DIM)

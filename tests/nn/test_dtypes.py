@@ -14,8 +14,6 @@ from tests.helpers import assert_close
 from tests.layers import CASES, DIM, TOKENS, Case, build, loss, run, split
 
 
-QUICK = True
-
 KINDS = ("dense", "mod", "mod_delta", "mod_predictor", "moe_noop_top_1", "moe_shared_sigmoid")
 KINDS += ("integrated", "staged", "stack")
 kinds = pytest.mark.parametrize("case", [c for c in CASES if c.name in KINDS], ids=str)

@@ -13,7 +13,6 @@ import mode
 from tests.layers import DIM, TOKENS, depth, expert, experts, transformer_block
 
 
-QUICK = True
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 KEY = jax.random.key(0)

@@ -14,7 +14,6 @@ import mode
 from tests.layers import DIM, VOCAB, depth, experts, transformer_block
 
 
-QUICK = True
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 KEY = jax.random.key(0)

@@ -12,7 +12,6 @@ from tests.helpers import assert_number_is_refused, each_number
 from tests.layers import DIM, expert, transformer_block
 
 
-QUICK = True
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 KEY = jax.random.key(0)

@@ -15,8 +15,6 @@ from tests.nn.cases import DIM, INFOS, TOKENS, make_experts, numbers
 from tests.routing.draws import assert_assigned
 
 
-QUICK = True
-
 infos = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 
 

@@ -4,10 +4,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import mode
 from tests.helpers import assert_close, hidden_states, packed_info, run
 from tests.routing.draws import scorer_weight
+
+
+pytestmark = pytest.mark.optimized
 
 
 DIM = 8

@@ -105,7 +105,7 @@ def test_splash_attention_of_some_queries_equals_blockwise_attention(
     scoring, info = Scoring(**options), info_of(layout, 2, tokens)
     some = np.tile(np.arange(tokens), (2, 1))
     some = np.sort(rng(5).permuted(some, axis=1)[:, :queries], axis=1)
-    some[1, -queries // 3 :] = tokens
+    some[0, -queries // 3 :] = some[1, -queries // 2 :] = tokens
     index = jnp.asarray(some, jnp.int32)
     q, k, v = draw(0, 2, tokens, heads=4, kv_heads=2, dim=16, dtype=jnp.bfloat16)
     qkv = (q[:, :queries], k, v)
@@ -114,6 +114,7 @@ def test_splash_attention_of_some_queries_equals_blockwise_attention(
         assert "window" in str(kernel)
         return
     assert not isinstance(kernel, str)
+    assert np.isfinite(kernel.forward(qkv, others(info, index))[0]).all()  # of empty slots, too
     wide = [part.astype(jnp.float32) for part in qkv]
     real = is_real(info, index)
     weight = jnp.asarray(rng(9).normal(size=wide[0].shape), jnp.float32)
@@ -126,6 +127,13 @@ def test_splash_attention_of_some_queries_equals_blockwise_attention(
         )
     for got, expected in zip(*results, strict=True):
         assert_close(got, expected, scale=20)
+
+
+def test_splash_attention_is_for_integers_of_32_bits() -> None:
+    info, qkv = info_of("plain", 2, 128), draw(0, 2, 128, dtype=jnp.bfloat16)
+    with jax.enable_x64(True):
+        assert "jax_enable_x64" in str(splash(Scoring(), tuple(qkv), others(info), "plain"))
+    assert not isinstance(splash(Scoring(), tuple(qkv), others(info), "plain"), str)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])

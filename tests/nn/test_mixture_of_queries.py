@@ -23,6 +23,7 @@ def make_layer(block: Any, capacity: float = 0.5, **options: Any) -> mode.Mixtur
     return mode.MixtureOfQueries(block, DIM, capacity, key=jax.random.key(3), **options)
 
 
+@pytest.mark.optimized
 @infos
 @pytest.mark.parametrize("gate", ["absolute", "identity", "sigmoid"])
 def test_a_selected_token_gets_the_update_of_the_dense_block(
@@ -66,6 +67,7 @@ def test_random_layers(seed: int) -> None:
     assert_close(hidden, expected)
 
 
+@pytest.mark.optimized
 def test_at_full_capacity_and_weight_one_it_is_the_dense_layer() -> None:
     """To the bit: the same operations on the same tokens in the same order.
 

@@ -59,6 +59,7 @@ def test_padding_alone_teaches_nothing(case: Case) -> None:
         assert not np.any(leaf)
 
 
+@pytest.mark.optimized
 @every
 def test_nothing_in_the_padding_reaches_a_real_token(case: Case) -> None:
     info = ragged()

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from jaxtyping import Array, PRNGKeyArray
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 
 import mode
 from tests.helpers import assert_close, run
+
+
+pytestmark = pytest.mark.optimized
 
 
 DIM = 4

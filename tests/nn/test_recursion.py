@@ -68,6 +68,7 @@ def test_random_layers(seed: int, share_keys: bool) -> None:
     assert_is_oracle(layer, hidden_states(seed, 24, TOKENS, DIM), info)
 
 
+@pytest.mark.optimized
 def test_tokens_that_left_stay_as_they_are() -> None:
     """A token that no round selects keeps its bits, and counts as padding in later rounds."""
     x = hidden_states(2, 3, TOKENS, DIM)

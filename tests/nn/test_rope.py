@@ -12,9 +12,6 @@ from tests import reference as ref
 from tests.helpers import assert_close, f64, rng
 
 
-QUICK = True
-
-
 @pytest.mark.parametrize("theta", [100.0, 10_000.0])
 def test_rope_at_any_positions(theta: float) -> None:
     """Positions need be neither consecutive nor start at 0, and differ between sequences."""

@@ -11,7 +11,6 @@ import mode
 from tests.helpers import assert_close, hidden_states, packed_info
 
 
-QUICK = True
 DIM, TOKENS = 8, 12
 
 

@@ -10,9 +10,6 @@ import mode
 from tests.layers import expert
 
 
-QUICK = True
-
-
 def model() -> mode.Transformer:
     """Dense and routed layers with norms, experts, routers and predictors, some of them stacked."""
     staged = lambda key: mode.staged_mode_layer(expert, 16, 2, 4, key=key)  # noqa: E731

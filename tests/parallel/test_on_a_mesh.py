@@ -17,9 +17,6 @@ from .meshes import MESHES, mesh_of
 from .models import KEY, KINDS, build, tokens
 
 
-QUICK = True
-
-
 @eqx.filter_jit
 def loss_and_gradient(model: mode.Transformer, tokens: Array) -> tuple[Array, Any, Any]:
     parameters, rest = eqx.partition(model, mode.is_trainable(model))

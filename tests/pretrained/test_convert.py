@@ -39,6 +39,7 @@ def _scorer(router: mode.Router) -> mode.pretrained.NormedScorer:
     return router.scorer
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("form", FORMS)
 def test_the_function_is_the_same_at_capacity_1(model: mode.Transformer, form: str) -> None:
     routed = mode.pretrained.convert(model, [0, 2], capacity=1, form=form, key=KEY)

@@ -15,7 +15,6 @@ import mode
 from tests.pretrained.cases import CONFIGS, Tensors, make_tensors, write_folder
 
 
-QUICK = True
 CONFIG = CONFIGS["llama"]
 
 

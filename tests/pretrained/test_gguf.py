@@ -16,7 +16,6 @@ from tests.pretrained.gguf_files import write_gguf
 from tests.pretrained.oracle import logits_of
 
 
-QUICK = True
 # Sizes that blocks of 32 numbers divide.
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 

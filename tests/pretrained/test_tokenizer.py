@@ -12,7 +12,6 @@ from tests.pretrained.cases import CONFIGS, make_tensors, write_folder
 from tests.pretrained.gguf_files import write_gguf
 
 
-QUICK = True
 TEXT = "Über 1234 trees, don't  stop!\n\n  x = 10"
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("Ġ", "t"), ("r", "e"), ("Ġt", "re"), ("1", "2"), ("12", "3"), ("'", "t")]

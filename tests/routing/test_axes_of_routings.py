@@ -15,9 +15,6 @@ import mode
 from tests.helpers import assert_close, hidden_states
 
 
-QUICK = True
-
-
 def model_and_text(batch: int) -> tuple[mode.Transformer, Int[Array, "batch tokens"]]:
     """Two routed layers that are scanned over, and a batch."""
     model = mode.mod_transformer(64, 16, depth=4, num_heads=2, key=jax.random.key(0))

@@ -12,9 +12,6 @@ from tests import reference as ref
 from tests.helpers import f64, padded_info
 
 
-QUICK = True
-
-
 def small(capacity: float) -> mode.Transformer:
     """Four layers of which two are routed, with routers that already rank tokens."""
     return mode.mod_transformer(

@@ -137,6 +137,7 @@ def test_selectors_of_a_users_own() -> None:
     assert (router(x, info, slots=4, used=used).num_filled <= 3).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
     "select",

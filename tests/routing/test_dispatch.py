@@ -115,6 +115,7 @@ def test_empty_slots_are_never_read(poison: float) -> None:
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_tokens_without_a_slot_keep_their_bits(dtype: jnp.dtype) -> None:
     """Negative zeros, infinities, subnormals and NaN included; the sum is rounded once."""
@@ -133,6 +134,7 @@ def test_tokens_without_a_slot_keep_their_bits(dtype: jnp.dtype) -> None:
     np.testing.assert_array_equal(got[~skipped], np.asarray(wide.astype(dtype))[~skipped])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("select", "gate"),
     [

@@ -12,9 +12,6 @@ from tests.helpers import assert_close, hidden_states
 from tests.routing.draws import DIM, GATES, make_router
 
 
-QUICK = True
-
-
 gates = pytest.mark.parametrize("gate", GATES)
 narrow = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 INFO = mode.TokenInfo.plain((2, 12))

@@ -14,7 +14,6 @@ import mode
 from tests.routing.draws import DIM, make_router, plain_router, route
 
 
-QUICK = True
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 KEY = jax.random.key(0)
 TOKENS = 12

@@ -12,7 +12,6 @@ from tests.helpers import assert_number_is_refused, each_number
 from tests.routing.draws import plain_router, route
 
 
-QUICK = True
 pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 

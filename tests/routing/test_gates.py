@@ -11,9 +11,6 @@ from tests.helpers import assert_close, f64, hidden_states, rng
 from tests.routing.draws import DIM, GATES, make_router, oracle_logits
 
 
-QUICK = True
-
-
 gates = pytest.mark.parametrize("gate", GATES)
 softmax_gates = pytest.mark.parametrize("gate", ["softmax", "selected softmax"])
 

@@ -15,9 +15,6 @@ from tests.helpers import assert_close, f64, hidden_states, run
 from tests.routing.draws import DIM, GATES, make_router, oracle_logits, scorer_weight
 
 
-QUICK = True
-
-
 def update(x: Array) -> Array:
     """What stands for the experts: a function of `[..., slots, dim]` that mixes tokens."""
     return jnp.sin(2 * x) + 0.5 * jnp.cumsum(x, axis=-2)

@@ -17,7 +17,6 @@ from tests.helpers import assert_close, f64, rng, run
 from tests.routing.draws import draw_routing, predictor_logits, selector_inputs
 
 
-QUICK = True
 TOKENS = 14
 ROUTINGS = {
     "depths": draw_routing(0, 1),

@@ -16,7 +16,6 @@ import mode
 from tests.helpers import padded_info
 
 
-QUICK = True
 NAN = np.float32(np.nan)
 NANS = {"positive": np.copysign(NAN, np.float32(1)), "negative": np.copysign(NAN, np.float32(-1))}
 

@@ -8,9 +8,6 @@ from mode.routing._quantile import nth_largest, score_quantile
 from tests.helpers import rng, run
 
 
-QUICK = True
-
-
 @pytest.mark.parametrize("count", [1, 2, 7, 24, 40])
 def test_the_nth_largest_is_that_of_a_sort(count: int) -> None:
     """Bit for bit, of large and tiny numbers, ties, both zeros and infinities."""

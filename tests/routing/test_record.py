@@ -14,7 +14,6 @@ from tests.helpers import hidden_states, packed_info
 from tests.routing.draws import DIM, make_router
 
 
-QUICK = True
 TOKENS = 11
 INFO = packed_info((6, 4), (5,), tokens=TOKENS)
 X = hidden_states(1, 2, TOKENS, DIM)

@@ -12,9 +12,6 @@ from tests.helpers import assert_close, hidden_states, run
 from tests.routing.draws import DIM, make_router, oracle_logits, selector_inputs
 
 
-QUICK = True
-
-
 @pytest.mark.parametrize(
     "select", [mode.ExpertChoice(), mode.TokenChoice(2), mode.RandomChoice(), mode.Strided()]
 )

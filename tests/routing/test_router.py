@@ -27,7 +27,6 @@ from tests.routing.draws import (
 )
 
 
-QUICK = True
 SELECTORS: dict[str, mode.AbstractSelector] = {
     "expert choice": mode.ExpertChoice(),
     "token choice 1": mode.TokenChoice(1),

@@ -16,9 +16,6 @@ from tests.helpers import assert_close, f64, hidden_states, padded_info, run
 from tests.routing.draws import DIM, GATES, draw_routing, make_router, scorer_weight
 
 
-QUICK = True
-
-
 def fresh(**options: Any) -> mode.Router:
     """A router whose state was never updated."""
     router = make_router(1, **options)

@@ -13,9 +13,6 @@ import pytest
 import mode
 
 
-QUICK = True
-
-
 def make_model(capacity: Any = 0.125, depth: int = 4) -> mode.Transformer:
     return mode.mod_transformer(
         16, 8, depth=depth, num_heads=2, capacity=capacity, key=jax.random.key(0)

@@ -23,9 +23,6 @@ from tests.routing.draws import (
 )
 
 
-QUICK = True
-
-
 # groups, tokens, experts, no-ops, slots
 CASES = [
     ((), 1, 1, 0, 1),

@@ -12,9 +12,6 @@ from tests.helpers import hidden_states
 from tests.routing.draws import DIM, make_router
 
 
-QUICK = True
-
-
 def test_no_optimizer_moves_router_state() -> None:
     """AdamW with weight decay changes every parameter and leaves state, bit for bit, alone."""
     router = make_router(20, select=mode.TokenChoice(2), gate=mode.SoftmaxGate())

@@ -6,7 +6,12 @@ platform that a program is lowered for.
 
 from ._after_cache import attend_after_cache as attend_after_cache
 from ._blockwise import blockwise as blockwise, info_at as info_at
-from ._call import Kernels as Kernels, call as call, record_choices as record_choices
+from ._call import (
+    Kernels as Kernels,
+    call as call,
+    record_choices as record_choices,
+    tangent_program as tangent_program,
+)
 from ._choose import Implementation as Implementation, causal_kernels as causal_kernels
 from ._scoring import (
     Mask as Mask,

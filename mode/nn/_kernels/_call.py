@@ -191,6 +191,15 @@ def _tangent_function(kernels: Kernels, count: int) -> Callable[..., Arrays]:
     return tangent
 
 
+def tangent_program(equation: Any) -> Any | None:
+    """The program of a forward-mode derivative, which its equation does not hold: it is seldom run,
+    and would be traced in every reverse-mode derivative. `None` for any other equation."""
+    if equation.primitive is not _tangent:
+        return None
+    avals = [variable.aval for variable in equation.invars]
+    return jax.make_jaxpr(_tangent_function(**equation.params))(*avals)
+
+
 def _tangent_transpose(d_results: Any, *args: Any, kernels: Kernels, count: int) -> list[Any]:
     (d_result,) = d_results
     primals = args[:-count]

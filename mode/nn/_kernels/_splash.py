@@ -36,6 +36,8 @@ def splash(
         return f"splash attention needs bfloat16, got {q.dtype}"
     if scoring.alibi:
         return "splash attention has no ALiBi"
+    if jax.config.read("jax_enable_x64"):
+        return "splash attention does not compile where integers have 64 bits (jax_enable_x64)"
     if scoring.window is not None and layout != "plain":
         return "its windows count tokens, and those of rows that are not plain count positions"
     passes = ("_splash_attention_forward", "_splash_attention_bwd")
@@ -124,10 +126,11 @@ class _Splash:
             rows = _Row(segments, segments, None)
             infos, function = self._all_tokens(queries, block_q, x[0].shape[2])
         else:
-            index = _pad(others[2], value=keys)
+            # An empty slot stands at the last key: a query that sees no key would be NaN.
+            index = jnp.minimum(_pad(others[2], value=keys), keys - 1)
             own = segments
             if segments is not None:
-                own = jnp.take_along_axis(segments, index, axis=1, mode="clip")
+                own = jnp.take_along_axis(segments, index, axis=1)
             rows = _Row(own, segments, index)
             infos, function = self._some_tokens(index, keys, block_q, block_kv)
         names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
@@ -180,10 +183,11 @@ class _Splash:
             first = jnp.argmax(run, axis=axis, keepdims=True).astype(jnp.int32)
             last = jnp.argmax(jnp.flip(run, axis), axis=axis, keepdims=True).astype(jnp.int32)
             fetched = jnp.clip(order, first, count - 1 - last)
+            # Narrow, as they must fit into the scalar memory.
             return self.mask_info.MaskInfo(
-                data_next=jnp.broadcast_to(fetched, run.shape)[None],
+                data_next=jnp.broadcast_to(fetched, run.shape).astype(jnp.int16)[None],
                 mask_next=None,
-                block_mask=run.astype(jnp.int32)[None],
+                block_mask=run.astype(jnp.int8)[None],
                 partial_mask_blocks=None,
                 q_sequence=None,  # each row's own
             )
