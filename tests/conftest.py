@@ -20,10 +20,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-# Whether this process optimized what it compiled last.
-_optimized = [True]
-
-
 def _is_optimized(item: pytest.Item) -> bool:
     return item.get_closest_marker("optimized") is not None
 
@@ -48,9 +44,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     bit.
     """
     optimized = _is_optimized(item)
-    if optimized != _optimized[-1]:
+    if jax.config.read("jax_disable_most_optimizations") == optimized:
         jax.clear_caches()  # another test may have compiled the same programs the other way
-        _optimized.append(optimized)
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 

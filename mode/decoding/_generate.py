@@ -90,8 +90,18 @@ def generate(
     0.0
     """
     steps = check_count("steps", steps, 1)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "chunk": chunk, "cache_dtype": cache_dtype}
-    state, stop_token = _begin(model, prompts, lengths, steps, sampler, keys, stop_token, **options)
+    state, stop_token = _begin(
+        model,
+        prompts,
+        lengths,
+        steps,
+        sampler,
+        keys,
+        stop_token,
+        max_tokens=max_tokens,
+        chunk=chunk,
+        cache_dtype=cache_dtype,
+    )
     return continue_generation(
         model, state, steps=steps, sampler=sampler, keys=keys, stop_token=stop_token
     )
@@ -130,8 +140,18 @@ def stream(
     [(1, 1), (1, 1), (1, 1), (1, 1)]
     """
     steps, every = check_count("steps", steps, 1), check_count("every", every, 1)
-    options: dict[str, Any] = {"max_tokens": max_tokens, "chunk": chunk, "cache_dtype": cache_dtype}
-    state, stop_token = _begin(model, prompts, lengths, steps, sampler, keys, stop_token, **options)
+    state, stop_token = _begin(
+        model,
+        prompts,
+        lengths,
+        steps,
+        sampler,
+        keys,
+        stop_token,
+        max_tokens=max_tokens,
+        chunk=chunk,
+        cache_dtype=cache_dtype,
+    )
 
     def pieces(state: DecodeState | Generation) -> Iterator[Array]:
         for start in range(0, steps, every):

@@ -16,6 +16,9 @@ from tests.decoding.cases import BATCH, LENGTHS, PROMPT, VOCAB, build, draw_text
 from tests.helpers import assert_close
 
 
+pytestmark = pytest.mark.optimized
+
+
 HALF = "mod quantile sigmoid, half of the slots"
 STAGED = "staged quantile softmax"
 STOP = 7

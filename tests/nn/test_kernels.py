@@ -96,7 +96,12 @@ def test_splash_attention_equals_the_oracle(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("queries", "tokens", "options"),
-    [(20, 40, {"soft_cap": 0.8, "scale": 0.7}), (300, 1100, {}), (520, 600, {"window": 150})],
+    [
+        (20, 40, {"soft_cap": 0.8, "scale": 0.7}),
+        (300, 1100, {}),
+        (520, 600, {"window": 150}),
+        (600, 1024, {"window": 1}),  # a block of empty slots, which see no token of their window
+    ],
 )
 def test_splash_attention_of_some_queries_equals_blockwise_attention(
     queries: int, tokens: int, options: dict[str, Any], layout: str
