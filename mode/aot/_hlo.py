@@ -37,6 +37,8 @@ _COLLECTIVE = re.compile(
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+# What XLA found out about a loop; compilers that do not say it leave the condition to be read.
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BOUND = re.compile(r"%?(?P<name>[\w.\-]+) = s32\[\]\S* constant\((?P<value>\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(.*?%?[\w.\-]+, .*?%(?P<name>[\w.\-]+)\), direction=LT")
 
@@ -78,8 +80,11 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int | None]:
         for line in lines:
             called = {how: names[1:].split(", %") for how, names in _CALLED.findall(line)}
             for how, names in called.items():
-                loop = how == "body"
-                repeats = _loop_length(computations[called["condition"][0]]) if loop else 1
+                repeats = 1
+                if how == "body":
+                    known = _TRIP_COUNT.search(line)
+                    condition = computations[called["condition"][0]]
+                    repeats = int(known[1]) if known else _loop_length(condition)
                 for name in names:
                     callers[name].append((caller, repeats))
 

@@ -63,3 +63,10 @@ def test_loops_multiply_collectives_and_parts_are_one() -> None:
         ("reduce-scatter", 20),
         ("all-reduce", 1),
     ]
+
+
+def test_the_trip_count_of_the_compiler_counts() -> None:
+    """CPU programs compare inside of a fusion, where the bound is not to be read."""
+    known = 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
+    text = LOOP.replace("body=%body", known).replace("constant(20)", "parameter(1)")
+    assert parse_collectives(text)[0].times == 7

@@ -22,7 +22,8 @@ from .models import BATCH, DIM, KEY, KINDS, TOKENS, build, tokens
 def compiled_collectives(function: Callable[..., Array], *args: Any) -> list[Collective]:
     """Those of `function(*args)`.
 
-    Without the gather that XLA's CPU backend makes of a top-k; TPUs do without it.
+    Without the gather that XLA's CPU backend makes of a router's top-k; TPUs do without it. From
+    JAX 0.12 it has the name of the transposition before it.
     """
     parts = [eqx.partition(arg, eqx.is_array) for arg in args]
 
@@ -32,7 +33,8 @@ def compiled_collectives(function: Callable[..., Array], *args: Any) -> list[Col
         )
 
     text = jax.jit(run).lower(*(part for part, _ in parts)).compile().as_text() or ""
-    return [one for one in parse_collectives(text) if not one.name.endswith("top_k")]
+    of_top_k = ("mode.Router/top_k", "mode.Router/transpose")
+    return [one for one in parse_collectives(text) if not one.name.endswith(of_top_k)]
 
 
 def collectives(mesh_name: str, *kinds: str) -> list[Collective]:
