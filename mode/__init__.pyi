@@ -94,6 +94,7 @@ from .routing import (
     Strided as Strided,
     TanhGate as TanhGate,
     TokenChoice as TokenChoice,
+    UpdateThreshold as UpdateThreshold,
     calibrate_thresholds as calibrate_thresholds,
     capacity_schedule as capacity_schedule,
     causal_selection as causal_selection,

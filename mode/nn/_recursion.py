@@ -7,10 +7,11 @@ from fractions import Fraction
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._capacity import Capacity, exact_fraction
 from .._checks import check_hidden
+from .._dtypes import float32_or_wider
 from .._token_info import TokenInfo
 from .._types import Hidden, Key
 from ..routing import AbstractGate, AbstractSelector, ExpertChoice, Router, Routing, SigmoidGate
@@ -36,8 +37,9 @@ class Recursion(AbstractLayer):
     - `share_keys`: whether later rounds read keys and values of the first round, so that there is
         one cache, and no weight on values; needs an `AbstractKeyedBlock`. Otherwise each round has
         its own, of its tokens.
-    - `select`, `gate`: of the router of each round, as `MixtureOfDepths` takes them. The weight is
-        bounded by default: one that grows with the hidden states would grow from round to round.
+    - `select`, `gate`: of the router of each round, as `MixtureOfDepths` takes them, or
+        `UpdateThreshold`: early exit by the size of the update. The weight is bounded by default:
+        one that grows with the hidden states would grow from round to round.
     - `router_std`: of `MixtureOfDepths`.
 
     **Returns**, when called: hidden states, and one routing for each round. A token that left is
@@ -101,16 +103,21 @@ class Recursion(AbstractLayer):
         with jax.named_scope("mode.Recursion"):
             caches = open_caches(cache, x.shape[-2], self._slots, self.share_keys)
             routings: list[Routing] = []
+            states: list[Hidden] = []  # before each round
 
             def route(number: int, x: Hidden) -> Routing:
-                inside = info
+                inside, change = info, jnp.full(info.positions.shape, jnp.inf)
                 if routings:  # those that left are as padding to the router
                     selected = routings[-1].selected[..., 0]
                     inside = TokenInfo(info.positions, jnp.where(selected, info.segment_ids, 0))
+                    change = _relative_change(states[-1], x)
+                states.append(x)
                 length, slots = caches.own[number].length, caches.slots[number]
                 used = None if length is None else length[:, None]
                 key = router_keys[number]
-                routings.append(self.routers[number](x, inside, slots=slots, used=used, key=key))
+                routings.append(
+                    self.routers[number](x, inside, slots=slots, used=used, change=change, key=key)
+                )
                 return routings[-1]
 
             capacities = [router.capacity for router in self.routers]
@@ -121,6 +128,15 @@ class Recursion(AbstractLayer):
         """The slots of each round in a sequence of `num_tokens`."""
         slots = [router.slots(num_tokens) for router in self.routers]
         return list(itertools.accumulate(slots, min))
+
+
+def _relative_change(before: Hidden, after: Hidden) -> Float[Array, "*groups tokens"]:
+    """The size of the last update of each token, relative to the token before it."""
+    before, after = (
+        jax.lax.stop_gradient(x).astype(float32_or_wider(x.dtype)) for x in (before, after)
+    )
+    size = jnp.linalg.norm(before, axis=-1)
+    return jnp.linalg.norm(after - before, axis=-1) / jnp.where(size == 0, 1, size)
 
 
 def _check_capacities(capacities: Sequence[Capacity]) -> list[Fraction]:

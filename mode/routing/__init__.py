@@ -68,4 +68,5 @@ from ._token_selectors import (
     PredictorThreshold as PredictorThreshold,
     QuantileThreshold as QuantileThreshold,
     TokenChoice as TokenChoice,
+    UpdateThreshold as UpdateThreshold,
 )

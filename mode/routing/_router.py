@@ -143,6 +143,7 @@ class Router(eqx.Module):
         valid: TokenMask,
         slots: int,
         free: Int[Array, "*groups experts"] | None = None,
+        change: Float[Array, "*groups tokens"] | None = None,
     ) -> RoutingInputs:
         """Makes the inputs of the selector, whose fields of the same names the arguments are.
 
@@ -150,7 +151,7 @@ class Router(eqx.Module):
         """
         threshold = self.state.threshold.astype(logits.dtype)
         scores = self.scores(logits)
-        inputs = RoutingInputs(scores, logits, predictor, threshold, valid, free, slots)
+        inputs = RoutingInputs(scores, logits, predictor, threshold, valid, free, slots, change)
         return jax.lax.stop_gradient(inputs)
 
     def __call__(
@@ -160,6 +161,7 @@ class Router(eqx.Module):
         *,
         slots: int | None = None,
         used: Int[Array, "*groups experts"] | None = None,
+        change: Float[Array, "*groups tokens"] | None = None,
         key: Key = None,
     ) -> Routing:
         """Routes whole sequences, or tokens that follow earlier ones.
@@ -172,6 +174,7 @@ class Router(eqx.Module):
             `self.slots(tokens)`. The width of `index` is the smaller of `slots` and `tokens`.
         - `used`: `[*groups, experts]`, slots that earlier tokens of the sequence filled; `None` if
             there are none. Needs `slots`, and a selector that decides token by token.
+        - `change`: `[*groups, tokens]`, of `RoutingInputs`.
         - `key`: for selectors that draw random numbers.
 
         **Raises:** `ValueError` for `used` without `slots` or with a selector that assigns whole
@@ -187,7 +190,8 @@ class Router(eqx.Module):
             # Padding becomes zeros: a NaN there would reach the scorer's gradient as 0 * NaN.
             x = jnp.where(info.valid[..., None], x, 0).astype(float32_or_wider(x.dtype))
             logits, predictor = self.scorer(x), self._predict(jax.lax.stop_gradient(x))
-            inputs = self.inputs(logits, predictor, info.valid, min(total, num_tokens), free)
+            width = min(total, num_tokens)
+            inputs = self.inputs(logits, predictor, info.valid, width, free, change)
             assignment = self.select(inputs, key=key)
             check_assignment(self.select, assignment, inputs)
             weight = self._weights(logits, assignment.index)

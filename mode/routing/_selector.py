@@ -30,6 +30,8 @@ class RoutingInputs(eqx.Module):
     - `free`: `[*groups, experts]`, slots that earlier tokens of the sequence left free; `None` for
         whole sequences, in which all `slots` are free.
     - `slots`: slots of each expert in the assignment, a Python integer.
+    - `change`: `[*groups, tokens]`, the size of the last round's update of each token, relative to
+        the token's hidden state; infinite in the first round of a `Recursion`, `None` elsewhere.
     """
 
     scores: Logits
@@ -39,6 +41,7 @@ class RoutingInputs(eqx.Module):
     valid: TokenMask
     free: Int[Array, "*groups experts"] | None
     slots: int = eqx.field(static=True)
+    change: Float[Array, "*groups tokens"] | None = None
 
     @property
     def num_experts(self) -> int:

@@ -97,6 +97,52 @@ class LogitThreshold(AbstractThreshold):
         return inputs.logits[..., : inputs.num_experts]
 
 
+class UpdateThreshold(AbstractTokenSelector):
+    """Selects a token for another round of a `Recursion` while the last one changed it enough.
+
+    Early exit by the size of the update: a token takes part if the norm of its last update is at
+    least `least` times the norm of its hidden state before. All tokens take part in the first
+    round, and slots are those of the round's capacity. The router's score decides nothing; its
+    weight still multiplies the update.
+
+    **Arguments:**
+
+    - `least`: the smallest relative change that calls for another round, above 0.
+
+    **Raises:** `ValueError` for a `least` that is not a number above 0; at the call, in a layer
+    without rounds.
+
+    >>> import jax, jax.numpy as jnp, mode
+    >>> k1, k2 = jax.random.split(jax.random.key(0))
+    >>> block = mode.TransformerBlock(32, num_heads=4, key=k1)
+    >>> rule = mode.UpdateThreshold(least=0.1)
+    >>> layer = mode.Recursion(block, 32, (1, 1, 1), select=rule, key=k2)
+    >>> hidden, routings = layer(jnp.ones((4, 64, 32)))
+    >>> int(routings[0].load.sum())
+    256
+
+    *Source:* arXiv:2502.05171, section 6.1, where a looped model stops without training for it.
+    *Relative to the paper:* hidden states of two rounds are compared, not predictions.
+    """
+
+    least: float = eqx.field(static=True)
+    max_capacity: ClassVar[Capacity | None] = None
+
+    def __check_init__(self) -> None:
+        if not (is_finite(self.least) and self.least > 0):
+            raise ValueError(
+                f"`least` of `UpdateThreshold` must be a number above 0, got {self.least!r}."
+            )
+
+    def requested_mask(self, inputs: RoutingInputs) -> ExpertMask:
+        if inputs.change is None:
+            raise ValueError(
+                "`UpdateThreshold` needs the rounds of a `Recursion`, got a layer without rounds. "
+                "Use `LogitThreshold()` or `QuantileThreshold()`."
+            )
+        return (inputs.change >= self.least)[..., None]
+
+
 class TokenChoice(AbstractTokenSelector):
     """Each token requests its best `k` choices, experts or no-ops.
 

@@ -94,6 +94,12 @@ def recursion(share_keys: bool) -> MakeLayer:
     return make
 
 
+def exit_by_update(key: PRNGKeyArray) -> mode.Recursion:
+    """Three rounds, which a token leaves after one that changed it little."""
+    rule = mode.UpdateThreshold(0.45)
+    return mode.Recursion(block(key), DIM, (0.75, 0.5, 0.5), select=rule, key=key)
+
+
 def token_choice_recursion(share_keys: bool) -> MakeLayer:
     """Up to three rounds, whose slots run out."""
 
@@ -184,6 +190,7 @@ CASES = {
     "recursion, shared keys, half of the slots": Case(
         [dense, recursion(True)], mode.QuantileThreshold(0.5), seed=4
     ),
+    "recursion, exit by the size of the update": Case([dense, exit_by_update], seed=1),
     "token choice recursion": Case([dense, token_choice_recursion(False)], seed=2),
     "token choice recursion, shared keys": Case([token_choice_recursion(True)], seed=1),
     "experts quantile softmax, no-op": Case([experts(num_noop=1)], level=-1.2, seed=13),

@@ -262,15 +262,16 @@ class Narrowing(Rounds):
         self, x: ref.Floats, position: int, weight: float = 1.0, *, is_query_alone: bool = False
     ) -> ref.Floats:
         """Runs rounds until a router does not select the token."""
-        is_in = True
+        is_in, change = True, np.inf
         for number, router in enumerate(self.routers):
             if not is_in:
                 router.decisions.append(None)
                 continue
-            decision = router.decide(x)
+            decision = router.decide(x, change)
             is_in = bool(decision.selected[0])
             if is_in:
-                x = self.round(x, number, position, decision.weight[0])
+                after = self.round(x, number, position, decision.weight[0])
+                change, x = float(np.linalg.norm(after - x) / np.linalg.norm(x)), after
         return x
 
 

@@ -45,12 +45,12 @@ class Router:
         self.used = np.zeros(router.num_experts, np.int64)
         self.decisions: list[Decision | None] = []
 
-    def decide(self, x: ref.Floats) -> Decision:
-        """Routes the next token."""
+    def decide(self, x: ref.Floats, change: float | None = None) -> Decision:
+        """Routes the next token, given how much the last round changed it."""
         gate = GATES[type(self.router.gate)]
         logits = self.scorer @ x
         scores = ref.selection_scores(logits[None], gate, f64(self.router.state.bias))[0]
-        requested, margin = self._requested(x, logits, scores)
+        requested, margin = self._requested(x, logits, scores, change)
         selected = np.zeros(len(self.used), bool)
         for choice in requested:
             if choice < len(self.used) and self.used[choice] < self.slots:
@@ -64,7 +64,7 @@ class Router:
         return decision
 
     def _requested(
-        self, x: ref.Floats, logits: ref.Floats, scores: ref.Floats
+        self, x: ref.Floats, logits: ref.Floats, scores: ref.Floats, change: float | None
     ) -> tuple[list[int], float]:
         """The choices that the token requests, and the margin of the closest."""
         select, experts = self.router.select, len(self.used)
@@ -77,6 +77,9 @@ class Router:
             above = scores[:experts] - f64(self.router.state.threshold)
         elif isinstance(select, mode.LogitThreshold):
             above = logits[:experts]
+        elif isinstance(select, mode.UpdateThreshold):
+            assert change is not None
+            above = np.array([change - select.least])
         else:
             assert isinstance(select, mode.PredictorThreshold)
             assert isinstance(self.router.predictor, mode.Predictor)

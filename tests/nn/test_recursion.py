@@ -152,6 +152,54 @@ def test_early_exit_by_confidence() -> None:
     assert not np.asarray(routings[1].selected & ~routings[0].selected).any()
 
 
+@infos
+def test_early_exit_by_the_size_of_the_update(info: mode.TokenInfo | None) -> None:
+    """A token runs another round while the round before changed it by a tenth or more."""
+    least = 0.1
+    layer = make_recursion((1, 1, 1), select=mode.UpdateThreshold(least))
+    x = hidden_states(7, 3, TOKENS, DIM) * np.geomspace(0.1, 30, 3 * TOKENS).reshape(3, TOKENS, 1)
+    x = x.astype(jnp.float32)
+    hidden, routings = run(layer, x, info)
+    block = oracle_block(layer.block)
+
+    def recursion(x: Any, valid: Any, positions: Any, segments: Any) -> Any:
+        inside, rounds = valid, []
+        for router in layer.routers:
+            rounds.append(inside)
+            index = np.flatnonzero(inside)
+            weight = ref.combine_weights(
+                ref.router_logits(x, oracle_router(router)), index[None], "sigmoid", 1.0
+            )[0]
+            after = x.copy()
+            if index.size:
+                update = block(x[index], positions[index], segments[index], weight)
+                after[index] += weight[:, None] * update
+            change = np.linalg.norm(after - x, axis=-1) / np.linalg.norm(x, axis=-1)
+            inside, x = inside & (change >= least), after
+        return x, np.stack(rounds, axis=-1)
+
+    expected, rounds = ref.over_groups(recursion, 1, *numbers(x, info))
+    selected = np.stack([routing.selected[..., 0] for routing in routings], axis=-1)
+    assert np.array_equal(selected, rounds)
+    assert 0 < selected[..., 2].sum() < selected[..., 1].sum() < selected[..., 0].sum()
+    assert_close(hidden, expected, scale=30)
+
+
+def test_the_size_of_an_update_needs_rounds() -> None:
+    layer = mode.MixtureOfDepths(
+        make_block(), DIM, select=mode.UpdateThreshold(0.1), key=jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match="needs the rounds of a `Recursion`"):
+        layer(hidden_states(0, TOKENS, DIM))
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0, float("nan"), float("inf"), "0.1", None])
+@pytest.mark.usefixtures("without_type_checks")
+def test_bad_sizes_of_an_update(least: Any) -> None:
+    with pytest.raises(ValueError, match="`least` of `UpdateThreshold` must be a number above 0"):
+        mode.UpdateThreshold(least)
+
+
 def replaced(router: mode.Router, name: str, value: Any) -> mode.Router:
     return eqx.tree_at(
         lambda r: getattr(r, name), router, value, is_leaf=lambda n: n is getattr(router, name)
