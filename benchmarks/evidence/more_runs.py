@@ -1,8 +1,8 @@
-"""Trains the runs of three studies, beside those of the preset `cpu-hour` and into its folder.
+"""Trains the runs of four studies, beside those of the preset `cpu-hour` and into its folder.
 
 `gap` says how the gap between the loss under top-k and the causal loss closes, and `leak` how much
 top-k leaks from the future; their arms differ from one of the lab's in one thing each. `forms`
-compares all arms of the lab at equal FLOPs.
+compares all arms of the lab at equal FLOPs, and `batch` the main ones at half and twice the batch.
 
     mode-lab isoflop --out runs/evidence
     python benchmarks/evidence/more_runs.py --out runs/evidence
@@ -83,7 +83,9 @@ LEAK_ARMS = (AFTER, dataclasses.replace(MOE, name="moe-after", under_rule=0.0))
 # The form in which selection on text has something to find, and its control.
 QUERIES = sweep_arms("mod-queries", "mod-queries-random")
 
-Study = Literal["gap", "leak", "forms"]
+COMPARED = sweep_arms("dense", "mod", "mod-random", "left-out")
+
+Study = Literal["gap", "leak", "forms", "batch"]
 STUDIES: tuple[Study, ...] = get_args(Study)
 
 
@@ -100,9 +102,13 @@ def studies(
     reference, budgets = base.reference, base.grids[0].budgets
     lengths = tuple(of_length(reference, length) for length in (16, 32, 64, 256))
     layers = tuple(dataclasses.replace(reference, depth=depth) for depth in (2, 6, 8))
-    gap, leak, forms, queries = (
+    batches = tuple(
+        dataclasses.replace(reference, batch=batch)
+        for batch in (reference.batch // 2, 2 * reference.batch)
+    )
+    gap, leak, forms, queries, compared = (
         tuple(arm for arm in arms if not names or arm.name in names)
-        for arms in ((*GAP_ARMS, LEAK_ARMS[1]), LEAK_ARMS, ALL_ARMS, QUERIES)
+        for arms in ((*GAP_ARMS, LEAK_ARMS[1]), LEAK_ARMS, ALL_ARMS, QUERIES, COMPARED)
     )
     grids = {
         "gap": (Grid(gap, (reference,), budgets, seeds),),
@@ -111,6 +117,7 @@ def studies(
             Grid(forms, (reference,), budgets[:1], seeds),
             Grid(queries, (reference,), budgets[1:], seeds),
         ),
+        "batch": (Grid(compared, batches, budgets, seeds),),
     }
     chosen = tuple(grid for study in which for grid in grids[study])
     return dataclasses.replace(base, about="the studies", grids=chosen)

@@ -77,6 +77,25 @@ def gain_of_learning(runs: Runs) -> pd.DataFrame:
     return table.join(steps).reset_index().sort_values("steps", kind="stable", ignore_index=True)
 
 
+def by_batch(runs: Runs) -> pd.DataFrame:
+    """Compares arms with `mod` at each budget and batch, the reference's among them."""
+    frame = runs.varying("batch").rename(columns={"size.batch": "sequences in a batch"})
+    cells = ["budget", "sequences in a batch"]
+    losses = frame.pivot(index=[*cells, "seed"], columns="arm", values="causal")
+    others = [arm for arm in ("dense", "left-out", "mod-random") if arm in losses]
+    rates = frame[frame["arm"] == "mod"].drop_duplicates(cells).set_index(cells)["recipe.learning_rate"]
+    table = pd.DataFrame(
+        {
+            f"{arm} minus mod": (losses[arm] - losses["mod"])
+            .dropna()
+            .groupby(level=cells)
+            .agg(lambda values: Interval.of(values).text())
+            for arm in others
+        }
+    )
+    return table.join(rates.rename("learning rate")).reset_index()
+
+
 def leaks(runs: Runs) -> pd.DataFrame:
     """Measures the gap in per cent where the sequence or the number of layers varies."""
     parts = []
@@ -179,6 +198,8 @@ def sections(runs: Runs, out: Path) -> Sequence[str]:
         to_markdown(against_default(runs), formats),
         "## What learning to route gains",
         to_markdown(learning, formats),
+        "## Against the batch",
+        to_markdown(by_batch(runs).rename(columns=names), formats),
         "## The leak",
         to_markdown(leaking[columns]),
     )

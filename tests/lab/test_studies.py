@@ -95,6 +95,21 @@ def test_the_gain_of_learning_is_by_size_and_budget(studies: ModuleType) -> None
     ]
 
 
+def test_arms_are_compared_at_every_batch(studies: ModuleType) -> None:
+    small = dataclasses.replace(REFERENCE, batch=1)
+    records = [
+        *pairs("mod", "mod-random", 0.05),
+        *(made_up("mod", 2.0, size=small, seed=seed) for seed in (0, 1)),
+        *(made_up("dense", 2.1, size=small, seed=seed) for seed in (0, 1)),
+    ]
+    table = studies.by_batch(Runs.of(to_frame(records), REFERENCE)).set_index(
+        ["budget", "sequences in a batch"]
+    )
+    assert table.loc[(1e8, 1), "dense minus mod"] == "+0.1000 (+0.1000 to +0.1000, 2 runs)"
+    assert str(table.loc[(1e8, REFERENCE.batch), "mod-random minus mod"]).startswith("+0.0500")
+    assert table["mod-random minus mod"].isna().tolist() == [True, False, False]
+
+
 def test_arms_of_the_studies_can_be_built() -> None:
     more_runs = script("more_runs")
     preset = more_runs.studies(PRESETS["cpu-hour"], (), 3, ("gap", "leak"))
@@ -110,6 +125,10 @@ def test_arms_of_the_studies_can_be_built() -> None:
     # All arms at the smaller budget, and two at the other one.
     runs = list_runs(forms.grids, forms.settings(Recipe(), "text"))
     assert len(runs) == 5 * (len(ALL_ARMS) + 2)
+    batch = more_runs.studies(PRESETS["cpu-hour"], (), 3, ("batch",))
+    runs = list_runs(batch.grids, batch.settings(Recipe(), "text"))
+    assert {run.size.batch for run in runs} == {4, 16}
+    assert len(runs) == 3 * 4 * 2 * 2
 
 
 def test_the_table_of_forms_is_by_seed() -> None:
