@@ -1,10 +1,11 @@
 """One table of all arms: loss at equal FLOPs, what a router found, speed of decoding.
 
-mode-lab isoflop --out runs/evidence
-python benchmarks/evidence/more_runs.py --out runs/evidence --study forms
-mode-lab tasks --out runs/forms --seeds 5 --arms dense learned random mod-queries ...
-python benchmarks/forms.py --out runs/forms/decode.json
-python benchmarks/evidence/forms.py --runs runs/evidence --tasks runs/forms
+    mode-lab isoflop --out runs/evidence
+    python benchmarks/evidence/more_runs.py --out runs/evidence --study forms --seeds 5
+    mode-lab tasks --out runs/forms --seeds 5 --arms dense learned random mod-queries ...
+    python benchmarks/forms.py --out runs/forms/decode.json
+
+`tables.py` prints it with the other tables of EVIDENCE.md.
 """
 
 import json
@@ -13,20 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tyro
 
 from mode.lab.arms import ALL_ARMS
-from mode.lab.evidence.frame import Runs, to_frame
-from mode.lab.evidence.records import Store, SweepSettings
-from mode.lab.folder import read_settings
+from mode.lab.evidence.frame import Runs
 from mode.lab.intervals import Interval
-from mode.lab.tables import to_markdown
 from mode.lab.tasks.records import TaskResult, read_results
 
 
 # The arms of a task that are arms of the ablation by another name.
 IN_TASKS = {"mod": "learned", "mod-random": "random"}
 SEEDS = 5
+FORMATS = {"causal": ".4f", "slots": ".3f", "steps": ",.0f"}
 
 
 def losses(runs: Runs, budget: float) -> pd.DataFrame:
@@ -55,27 +53,16 @@ def found(results: Sequence[TaskResult], arm: str) -> dict[str, str | None]:
     return row
 
 
-def main(runs: Path, tasks: Path, budget: float = 2e11) -> None:
-    """Print the table.
-
-    Args:
-        runs: The folder of the runs at equal FLOPs.
-        tasks: The folder of the tasks, with `decode.json`.
-        budget: Training FLOPs.
-    """
-    settings = read_settings(runs, SweepSettings)
-    table = losses(Runs.of(to_frame(Store(runs).all(settings)), settings.reference), budget)
+def table(runs: Runs, tasks: Path, budget: float) -> pd.DataFrame:
+    """Joins the losses with the results of the tasks and with `decode.json`, where it is there."""
+    rows = losses(runs, budget)
     order = [arm.name for arm in ALL_ARMS]
-    table = table[table["arm"].isin(order)].reset_index(drop=True)
+    rows = rows[rows["arm"].isin(order)].reset_index(drop=True)
     results = read_results(tasks)
-    table = table.join(pd.DataFrame([found(results, arm) for arm in table["arm"]]))
-    speeds = json.loads((tasks / "decode.json").read_text())
-    for batch in next(iter(speeds.values())):
-        own = [speeds.get(arm, {}).get(batch) for arm in table["arm"]]
-        table[f"decode, batch {batch}"] = [None if x is None else f"{x:.2f}" for x in own]
-    formats = {"causal": ".4f", "slots": ".3f", "steps": ",.0f"}
-    print(to_markdown(table, formats))
-
-
-if __name__ == "__main__":
-    tyro.cli(main)
+    rows = rows.join(pd.DataFrame([found(results, arm) for arm in rows["arm"]]))
+    path = tasks / "decode.json"
+    speeds = json.loads(path.read_text()) if path.exists() else {}
+    for batch in next(iter(speeds.values()), ()):
+        own = [speeds.get(arm, {}).get(batch) for arm in rows["arm"]]
+        rows[f"decode, batch {batch}"] = [None if x is None else f"{x:.2f}" for x in own]
+    return rows

@@ -83,7 +83,7 @@ def by_batch(runs: Runs) -> pd.DataFrame:
     cells = ["budget", "sequences in a batch"]
     losses = frame.pivot(index=[*cells, "seed"], columns="arm", values="causal")
     others = [arm for arm in ("dense", "left-out", "mod-random") if arm in losses]
-    rates = frame[frame["arm"] == "mod"].drop_duplicates(cells).set_index(cells)["recipe.learning_rate"]
+    own = frame[frame["arm"] == "mod"].drop_duplicates(cells).set_index(cells)
     table = pd.DataFrame(
         {
             f"{arm} minus mod": (losses[arm] - losses["mod"])
@@ -93,7 +93,7 @@ def by_batch(runs: Runs) -> pd.DataFrame:
             for arm in others
         }
     )
-    return table.join(rates.rename("learning rate")).reset_index()
+    return table.join(own["recipe.learning_rate"].rename("learning rate")).reset_index()
 
 
 def leaks(runs: Runs) -> pd.DataFrame:

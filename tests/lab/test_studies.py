@@ -163,6 +163,12 @@ def test_what_an_arm_found_is_read_by_its_name_in_the_tasks() -> None:
     assert forms.found(results, "moe") == dict.fromkeys([*expected, "filler"])
 
 
+def test_what_is_said_of_runs_is_what_their_records_say() -> None:
+    """Every table of EVIDENCE.md is the one that is computed from the archive."""
+    command = [sys.executable, str(EVIDENCE / "tables.py")]
+    subprocess.run(command, check=True)
+
+
 def routers(*options: str) -> str:
     """What the study of routers prints."""
     command = [sys.executable, str(EVIDENCE / "routers"), *options]
