@@ -18,20 +18,31 @@ IDS = jnp.asarray(rng(3).integers(0, VOCAB, (3, 24)))
 KEY = jax.random.key(5)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "qwen2-window"])
-def model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> mode.Transformer:
-    config = CONFIGS[request.param]
-    folder: Path = tmp_path_factory.mktemp("models") / request.param
-    return mode.pretrained.load(write_folder(folder, config, make_tensors(config)))
+# Every form, and every option of a family with a form that reads it in its own way.
+PAIRS = (
+    *(("llama", form) for form in FORMS),
+    ("qwen3", "mod-both"),
+    ("qwen3", "moe"),
+    ("gpt2", "mod-queries"),
+    ("gpt2", "mode-integrated"),
+    ("qwen2-window", "mod-queries"),
+    ("qwen2-window", "mode-staged"),
+)
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> mode.Transformer:
-    folder = tmp_path_factory.mktemp("models") / "m"
-    config = CONFIGS["qwen3"]
-    return mode.pretrained.load(write_folder(folder, config, make_tensors(config)))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, mode.Transformer]:
+    folder: Path = tmp_path_factory.mktemp("models")
+    return {
+        name: mode.pretrained.load(write_folder(folder / name, config, make_tensors(config)))
+        for name, config in CONFIGS.items()
+        if name in {pair[0] for pair in PAIRS}
+    }
+
+
+@pytest.fixture(scope="module")
+def qwen(models: dict[str, mode.Transformer]) -> mode.Transformer:
+    return models["qwen3"]
 
 
 def _scorer(router: mode.Router) -> mode.pretrained.NormedScorer:
@@ -40,8 +51,11 @@ def _scorer(router: mode.Router) -> mode.pretrained.NormedScorer:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("form", FORMS)
-def test_the_function_is_the_same_at_capacity_1(model: mode.Transformer, form: str) -> None:
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_the_function_is_the_same_at_capacity_1(
+    models: dict[str, mode.Transformer], name: str, form: str
+) -> None:
+    model = models[name]
     routed = mode.pretrained.convert(model, [0, 2], capacity=1, form=form, key=KEY)
     info = mode.TokenInfo.packed(jnp.asarray([[1] * 24, [1] * 10 + [0] * 14, [1] * 9 + [2] * 15]))
     before, after = (np.asarray(run(m, IDS, info)[0]) for m in (model, routed))
@@ -52,15 +66,15 @@ def test_the_function_is_the_same_at_capacity_1(model: mode.Transformer, form: s
     assert np.abs(after - before)[real].max() <= 1e-6 * scale
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("capacity", [1, 0.5])
+@pytest.mark.parametrize(("form", "capacity"), [("mod", 0.5), *((form, 1) for form in FORMS)])
 def test_every_router_has_a_gradient(qwen: mode.Transformer, form: str, capacity: float) -> None:
     routed = mode.pretrained.convert(qwen, [0, 2], capacity=capacity, form=form, key=KEY)
 
     @eqx.filter_jit
     @eqx.filter_grad
     def gradient(model: mode.Transformer) -> jax.Array:
-        return jnp.mean(jax.nn.logsumexp(model(IDS)[0], axis=-1) - model(IDS)[0][..., 3])
+        logits, _ = model(IDS)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 3])
 
     for router in mode.routers(gradient(routed)):
         for layer in _scorer(router).linear.weight:
