@@ -6,15 +6,19 @@ import numbers
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._types import Scalar
+from .._types import Logits, Scalar
 from ._quantile import score_quantile
 from ._record import RouterState, Routing, Routings
 from ._router import Router
 from ._surgery import map_router_routings, map_routers
 from ._token_selectors import TokenChoice
+
+
+# The farthest that the biases of no-ops go in one step, in units of a logit: where all tokens are
+# to request experts alone, or none, no number is far enough.
+_FARTHEST = 100.0
 
 
 def update_router_state(
@@ -30,8 +34,10 @@ def update_router_state(
     fraction `capacity`, from the rest: $t \leftarrow t + \max(\rho, 1/(n+1)) (q - t)$ after $n$
     updates, at first a plain mean and later an exponential average. Biases, of routers with a
     `TokenChoice` selector, move by $u \, \text{sign}(\bar L_c - L_c)$, where $L_c$ is the number of
-    assignments that requested choice $c$ and $\bar L_c$ its mean over the choices; or, where the
-    router has `experts_per_token`, its mean over the experts, or the no-ops, at that number.
+    assignments that requested choice $c$ and $\bar L_c$ its mean over the choices. Where the router
+    has `experts_per_token`, the mean is over the experts, or over the no-ops; and the biases of all
+    no-ops follow, at the rate of the thresholds, the number at which the tokens of the step request
+    so many experts.
 
     **Arguments:**
 
@@ -75,8 +81,11 @@ def update_router_state(
         bias = state.bias
         if isinstance(router.select, TokenChoice):
             load = jnp.sum(routing.load.reshape(-1, bias.shape[-1]), axis=0).astype(jnp.float32)
-            wanted = jnp.sum(load) * _wanted_load(router, router.select.k)
-            moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(wanted - load)
+            moved = bias.astype(jnp.float32) + bias_rate * jnp.sign(_balanced(router, load) - load)
+            if router.experts_per_token is not None:
+                shift = jnp.clip(_noop_shift(router, routing), -_FARTHEST, _FARTHEST)
+                seen = jnp.any(known) & jnp.isfinite(shift)
+                moved = moved.at[router.num_experts :].add(jnp.where(seen, rate * shift, 0))
             bias = moved.astype(bias.dtype)
         updates = state.updates + jnp.any(known).astype(state.updates.dtype)
         return RouterState(bias, threshold.astype(state.threshold.dtype), updates)
@@ -85,13 +94,36 @@ def update_router_state(
     return map_routers(lambda router: eqx.tree_at(lambda r: r.state, router, next(states)), model)
 
 
-def _wanted_load(router: Router, k: int) -> Float[np.ndarray, " choices"]:
-    """The fraction of all requests that each choice is to get."""
-    experts, noops = router.num_experts, router.num_noop
-    if router.experts_per_token is None:
-        return np.full(experts + noops, 1 / (experts + noops), np.float32)
-    real = router.experts_per_token / k
-    return np.repeat([real / experts, (1 - real) / noops], [experts, noops]).astype(np.float32)
+def _balanced(router: Router, load: Float[Array, " choices"]) -> Float[Array, " choices"]:
+    """The load at which all choices are alike, or the experts, and the no-ops, among each other."""
+    cuts = [] if router.experts_per_token is None else [router.num_experts]
+    parts = jnp.split(load, cuts)
+    return jnp.concatenate([jnp.full_like(part, jnp.mean(part)) for part in parts])
+
+
+def _noop_shift(router: Router, routing: Routing) -> Scalar:
+    """Computes what to add to the biases of all no-ops, so that the tokens request the target.
+
+    The expert of rank $i$ is among the best $k$ choices if its logit is above that of the no-op of
+    rank $k - i + 1$. So the number of experts that tokens request falls by one at each difference
+    of the two that the shift passes, and the shift is a quantile of all differences.
+    """
+    assert isinstance(router.select, TokenChoice)
+    assert router.experts_per_token is not None
+    k, bias = router.select.k, router.state.bias.astype(jnp.float32)
+    logits = routing.logits.astype(jnp.float32)
+    biased = logits + jnp.expand_dims(bias, range(logits.ndim - 1))
+
+    def best(part: Logits) -> Float[Array, "*groups tokens k"]:
+        count = min(k, part.shape[-1])
+        fill = jnp.full((*part.shape[:-1], k - count), -jnp.inf, part.dtype)
+        return jnp.concatenate([jax.lax.top_k(part, count)[0], fill], axis=-1)
+
+    experts, noops = jnp.split(biased, [router.num_experts], axis=-1)
+    margins = best(experts) - best(noops)[..., ::-1]
+    pooled = margins.reshape(*margins.shape[:-2], -1, 1)
+    valid = jnp.repeat(routing.valid, k, axis=-1)
+    return score_quantile(pooled, valid, router.experts_per_token / k)[0]
 
 
 def _check_update(router: Router, routing: Routing, least: int) -> None:

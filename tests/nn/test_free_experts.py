@@ -10,7 +10,16 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, f64, hidden_states, oracle_experts, oracle_router, rng, run
+from tests.helpers import (
+    assert_close,
+    f64,
+    hidden_states,
+    oracle_experts,
+    oracle_router,
+    packed_info,
+    rng,
+    run,
+)
 from tests.nn.cases import DIM, INFOS, TOKENS, make_experts, numbers
 from tests.routing.draws import assert_assigned
 
@@ -18,14 +27,16 @@ from tests.routing.draws import assert_assigned
 infos = pytest.mark.parametrize("info", INFOS.values(), ids=INFOS)
 
 
-def make_layer(num_noop: int = 1, k: int = 2, **options: Any) -> mode.MixtureOfExperts:
+def make_layer(
+    num_noop: int = 1, k: int = 2, router_std: float = 1.0, **options: Any
+) -> mode.MixtureOfExperts:
     """Three experts, no-ops, a copy and two constants with vectors that are not 0."""
     layer = make_experts(
         num_noop=num_noop,
         num_copy=1,
         num_constant=2,
         select=mode.TokenChoice(k),
-        router_std=1.0,
+        router_std=router_std,
         **options,
     )
     constant = jnp.asarray(rng(9).normal(size=(2, DIM)), jnp.float32)
@@ -99,8 +110,39 @@ def test_they_decode() -> None:
 
 
 @pytest.mark.parametrize("target", [0.25, 1.0, 1.75])
+@pytest.mark.parametrize("scale", [0.2, 5.0])
+def test_the_first_update_reaches_the_number_of_experts_per_token(
+    target: float, scale: float
+) -> None:
+    """Whatever the size of the logits, on the tokens that it saw, padding left out."""
+    layer = mode.Residual(
+        make_layer(experts_per_token=target, capacity_factor=4.0, router_std=scale)
+    )
+    x, info = hidden_states(3, 4, 64, DIM), packed_info(*[(40, 20)] * 4, tokens=64)
+    _, (before,) = run(layer, x, info)
+    layer = mode.update_router_state(layer, (before,), bias_rate=0.0)
+    for tokens in (info, mode.TokenInfo.plain((4, 64))):
+        _, (routing,) = run(layer, x, tokens)
+        near = 0.02 if tokens is info else 0.2
+        requested = 2 * (1 - mode.routing_metrics(routing).noop_rate)
+        assert requested == pytest.approx(target, abs=near)
+
+
+@pytest.mark.parametrize("target", [0.0, 2.0])
+def test_all_or_none_of_the_experts(target: float) -> None:
+    """At the ends of what the choices allow, biases stay finite."""
+    layer = mode.Residual(make_layer(experts_per_token=target, capacity_factor=4.0))
+    x = hidden_states(3, 4, 64, DIM)
+    for _ in range(4):
+        _, (routing,) = run(layer, x)
+        layer = mode.update_router_state(layer, (routing,))
+    assert mode.routing_metrics(routing).compute == pytest.approx(target, abs=0.02)
+    assert np.isfinite(mode.routers(layer)[0].state.bias).all()
+
+
+@pytest.mark.parametrize("target", [0.25, 1.0, 1.75])
 def test_the_number_of_experts_per_token_is_steered(target: float) -> None:
-    """By the biases alone, on inputs that stay; the experts among each other stay balanced."""
+    """On inputs that stay, while the experts among each other get balanced."""
     layer = mode.Residual(make_layer(experts_per_token=target, capacity_factor=4.0))
     x = hidden_states(3, 16, 64, DIM)
 
