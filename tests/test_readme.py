@@ -9,18 +9,47 @@ from pathlib import Path
 import jax
 import pytest
 
+import mode
 from tests.examples import CLAIMS, run_example
 
 
 README = Path(__file__).parents[1] / "README.md"
-PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
-WITH_EXAMPLES = [page for page in PAGES if page.name != "processes.md"]  # which has commands
+DOCS = README.parent / "docs"
+PAGES = [README, *sorted(DOCS.glob("**/*.md"))]
+WITH_EXAMPLES = [page for page in PAGES if "```python\n" in page.read_text()]
+
+
+def test_the_pages_that_have_examples() -> None:
+    """Those on which nothing runs are the ones of commands and of words."""
+    without = {page.name for page in set(PAGES) - set(WITH_EXAMPLES) if page.parent == DOCS}
+    assert without == {
+        *("ahead-of-time.md", "choose.md", "faq.md", "glossary.md", "lab.md", "peers.md"),
+        "processes.md",
+    }
+
+
+def test_every_public_name_is_on_a_page() -> None:
+    """Once, and every name on a page is public."""
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    names = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    packages = {"aot": mode.aot, "pretrained": mode.pretrained, "testing": mode.testing}
+    public = [f"mode.{name}" for name in mode.__all__ if name not in packages]
+    for name, package in packages.items():
+        source = Path(package.__file__ or "").read_text()
+        found = re.findall(r"\b(\w+) as \1\b", source)
+        public += [f"mode.{name}.{one}" for one in found]
+    assert sorted(names) == sorted(public)
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = (DOCS / "zensical.toml").read_text()
+    pages = [str(page.relative_to(README.parent)) for page in PAGES if page != README]
+    assert [page for page in pages if f'"{page}"' not in menu] == []
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_run(page: Path):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert blocks
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -35,13 +64,15 @@ def test_examples_that_assert(path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page: Path):
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose)
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_tests_that_show_a_claim_are_there():
     """Those in the last column of the table of peers."""
-    rows = [line.split("|") for line in README.read_text().splitlines() if line.count("|") == 10]
+    lines = (DOCS / "peers.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.count("|") == 10]
     named = [name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row[-2])]
     assert len(named) > 10
     assert [name for name in named if not (Path(__file__).parent / name).exists()] == []
