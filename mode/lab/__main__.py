@@ -7,30 +7,18 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any, Union
+from typing import Any
 
 from . import interrupts
+from .parse import COMMANDS, command_of, parse
 
 
 _NEEDED = ("annotated_types", "filelock", "grain", "matplotlib", "pandas", "pydantic")
 _NEEDED += ("rich", "scipy", "tabulate", "tyro")
-# The module of each command's options and its function, both imported where they are needed.
-_COMMANDS = {
-    "ablate": ("commands:Ablation", "ablate:run_ablation"),
-    "report": ("commands:Rereport", "ablate:run_rereport"),
-    "tasks": ("commands:Tasks", "tasks.command:run_tasks"),
-    "train": ("commands:Training", "run:run_training"),
-    "generate": ("commands:Generating", "generate:run_generation"),
-    "analyze": ("commands:Analysis", "analyze:run_analysis"),
-    "isoflop": ("commands:Isoflop", "evidence.commands:run_isoflop"),
-    "claims": ("commands:Claims", "evidence.commands:run_claims"),
-    "convert": ("healing.options:Converting", "healing.command:run_converting"),
-    "heal": ("healing.options:Healing", "healing.command:run_healing"),
-    "plan": ("commands:Planning", "plan:run_planning"),
-}
 # Set to anything, this variable shows the traceback of an error of ours.
 _DEBUG = "MODE_LAB_DEBUG"
 _GOES_ON = {
@@ -45,10 +33,14 @@ _GOES_ON = {
 def main(args: list[str] | None = None) -> int:
     """Runs one command. What goes wrong is a message of one line and an exit code, no traceback.
 
-    The code is 2 for a mistake of the user, 70 for one of `mode`, 130 and 143 for signals.
+    The code is 2 for a mistake of the user, 70 for one of `mode`, 130 and 143 for signals, 141
+    where nobody reads the output. `texts/help.txt` tells users so.
     """
     args = sys.argv[1:] if args is None else args
-    goes_on = _GOES_ON.get(args[0] if args else "", "")
+    if "--version" in itertools.takewhile(lambda word: word not in COMMANDS, args):
+        print(f"mode-lab {metadata.version('mode-jax')}")
+        return 0
+    goes_on = _GOES_ON.get(command_of(args), "")
     interrupts.install(f"mode-lab: interrupted.{goes_on}")
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
@@ -100,35 +92,17 @@ def _run(args: list[str]) -> int:
         name, is_flag = option.rstrip("="), option.startswith("--")
         if is_flag and name != "--prompt" and (option.endswith("=") or not value):
             raise ValueError(f"`{name}` must have a value, got an empty one.")
-    name, options = _parse(args)
-    options = check_options(options)
+    line = parse(args)
+    options = check_options(line.options)
     # The text that `generate` makes goes to the standard output alone.
-    command(name)(options, make_console(stderr=name == "generate"))
+    console = make_console(stderr=line.name == "generate", quiet=line.quiet)
+    command(line.name)(options, console)
     return 0
 
 
 def command(name: str) -> Callable[[Any, Any], None]:
     """The function of a command. It is imported now, with all that it needs."""
-    return resolve_name(f"{__package__}.{_COMMANDS[name][1]}")
-
-
-def _parse(args: list[str]) -> tuple[str, Any]:
-    """The name of a command, and its options."""
-    import tyro
-
-    kinds = {name: resolve_name(f"{__package__}.{of}") for name, (of, _) in _COMMANDS.items()}
-    defaults = {"plan": {"default": kinds["plan"].defaults(args if args[:1] == ["plan"] else [])}}
-    commands = tuple(
-        Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **defaults.get(name, {}))]
-        for name, kind in kinds.items()
-    )
-    options: Any = tyro.cli(
-        Union[commands],  # pyright: ignore  # noqa: UP007
-        prog="mode-lab",
-        description="Routing experiments with `mode`.",
-        args=args,
-    )
-    return next(name for name, kind in kinds.items() if type(options) is kind), options
+    return resolve_name(f"{__package__}.{COMMANDS[name][1]}")
 
 
 if __name__ == "__main__":

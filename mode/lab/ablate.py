@@ -12,7 +12,7 @@ from .arms import NAMES, arm_named, arms_named
 from .budget import flops_per_step, steps_for, training_budget
 from .checkpoint import TrainSettings
 from .commands import Ablation as Ablation, Rereport, Tasks, Training
-from .console import progress, say
+from .console import progress, say_progress
 from .data import read_corpus
 from .files import Record
 from .folder import check_out, claim, read_settings, settings_format
@@ -78,21 +78,21 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
     runs = settings.runs(out)  # before anything is written
     claim(out, settings, besides=("out", "data", "arms", "recall"))
     budget = f"{training_budget(ablation.budget, ablation.size):.3g} training FLOPs for every arm"
-    say(console, f"{corpus}; {budget}.")
+    say_progress(console, f"{corpus}; {budget}.")
     each = {run.options.out: run for group in runs.values() for run in group.values()}
     pending = []
     for folder, run in each.items():
         if load_result(folder, run) is None:
             pending.append(run.options)
         else:
-            say(console, f"{_title(run.options)}: finished before, kept.")
+            say_progress(console, f"{_title(run.options)}: finished before, kept.")
     with progress(console, len(pending)) as bars:
         for training in pending:
             title = _title(training)
             with bars.arm(title, training.steps) as watch:
                 result = train_arm(training, corpus, console, watch)
             steps = f"{training.steps} steps in {result.seconds:.0f} s"
-            say(console, f"{title}: {steps}, {result.held_out}.")
+            say_progress(console, f"{title}: {steps}, {result.held_out}.")
     if ablation.recall:
         train_tasks(_recall(ablation), console)
     report(out, console)

@@ -165,8 +165,8 @@ class Generating:
     seed: Seed = 0
     """Seed of the sampling."""
     plot: Path | None = None
-    """PNG of which bytes each routed layer computed; by default `generated.png` in the run's
-    folder."""
+    """PNG of which bytes each routed layer computed, and beside it NAME.routers.json with how many;
+    by default `generated.png` in the run's folder."""
 
 
 @dataclasses.dataclass(frozen=True)

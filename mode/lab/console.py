@@ -15,7 +15,11 @@ from rich.text import Text
 Watch = Callable[[int, float], None]
 
 
-def make_console(*, stderr: bool = False) -> Console:
+class QuietConsole(Console):
+    """A console that shows results and no progress: what `--quiet` is for."""
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Makes a console on one of the standard streams.
 
     Characters that the encoding of the stream does not have are printed as escapes.
@@ -25,12 +29,19 @@ def make_console(*, stderr: bool = False) -> Console:
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore
     # Where nobody looks at a terminal, tables get the width they need.
     width = None if stream.isatty() else 120
-    return Console(width=width, stderr=stderr, markup=False, emoji=False, highlight=False)
+    kind = QuietConsole if quiet else Console
+    return kind(width=width, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str, style: str = "") -> None:
     """Prints text as it is: square brackets are no markup, and long lines are not broken."""
     console.print(Text(text, style=style), soft_wrap=True)
+
+
+def say_progress(console: Console, text: str) -> None:
+    """Prints what is of use only while a command runs: where it stands, and hints."""
+    if not isinstance(console, QuietConsole):
+        say(console, text)
 
 
 class Bars:
@@ -59,7 +70,7 @@ class Bars:
             self.bars.update(bar, completed=step, note=note)
             is_due = log_every and (len(calls) <= 2 or step // log_every > last // log_every)
             if is_due and self.bars.disable:
-                say(self.bars.console, note)
+                say_progress(self.bars.console, note)
 
         yield watch
         self.bars.advance(self.total)
@@ -86,6 +97,7 @@ def progress(console: Console, count: int) -> Iterator[Bars]:
         rich.progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,  # a bar in a log file is noise
+        # A bar in a log file is noise.
+        disable=not console.is_terminal or isinstance(console, QuietConsole),
     ) as bars:
         yield Bars(bars, count)

@@ -10,17 +10,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from rich.console import Console
-from rich.table import Table
 
 import mode
 
 from .commands import Generating as Generating
-from .console import say
+from .console import say, say_progress
 from .corpus import DOCUMENT_START
 from .observe import router_places
 from .routing_map import plot_generated
 from .run import load_run
-from .tables import to_console
+from .tables import to_console, write_tables
 
 
 # Bytes per call: few enough that text appears to flow, enough that calls cost nothing.
@@ -34,7 +33,8 @@ def _to_stdout(text: bytes) -> None:
 
 
 def run_generation(generating: Generating, console: Console, write: Write = _to_stdout) -> None:
-    """Writes the model's bytes as they come; prints speed, computed tokens and the plot's path.
+    """Writes the model's bytes as they come; prints speed, computed tokens and the plot's path,
+    and saves the computed tokens as JSON, too.
 
     **Raises:** `ValueError` for bad settings, or a folder without a checkpoint.
     """
@@ -47,7 +47,7 @@ def run_generation(generating: Generating, console: Console, write: Write = _to_
             f"`checkpoint` must be of an arm that routes tokens one by one, got {arm.name!r}, "
             "which selects tokens of whole sequences at random: no text can be sampled from it."
         )
-    say(console, f"{arm.name} after {step} steps")
+    say_progress(console, f"{arm.name} after {step} steps")
     text = generating.prompt.encode()
     prompt = [DOCUMENT_START, *text]
     total, length = len(prompt) + generating.steps, settings.options.size.length
@@ -58,11 +58,14 @@ def run_generation(generating: Generating, console: Console, write: Write = _to_
     write(text)
     tokens, speed, routings = _generate(model, prompt, generating, write)
     after = f", {speed:.0f} a second after the first {_PIECE}, which compile" if speed else ""
-    say(console, f"\n{len(tokens)} bytes{after}")
+    say_progress(console, f"\n{len(tokens)} bytes{after}")
     if not routings:
         say(console, "every layer computed every byte: nothing is routed")
         return
-    console.print(_table(model, routings))
+    table = _table(model, routings)
+    console.print(to_console(table, dict.fromkeys(table.columns[1:3], ".3f")))
+    # Behind the picture's own name: a folder of a run has other JSON files.
+    write_tables(path.with_suffix(".routers.json"), {"routers": table})
     places = zip(router_places(model), routings, strict=True)
     outer = [(place.layers, both) for place, both in places if not place.nested]
     layers = [layer for some, _ in outer for layer in some]
@@ -110,7 +113,9 @@ def _counts(*both: mode.Routing) -> Int[np.ndarray, "layers tokens"]:
     return np.concatenate([prompt[:, 0], new[:, :, 0, 0].T], axis=1)
 
 
-def _table(model: mode.Transformer, routings: list[tuple[mode.Routing, mode.Routing]]) -> Table:
+def _table(
+    model: mode.Transformer, routings: list[tuple[mode.Routing, mode.Routing]]
+) -> pd.DataFrame:
     rows = []
     for place, router, both in zip(
         router_places(model), mode.routers(model), routings, strict=True
@@ -120,4 +125,4 @@ def _table(model: mode.Transformer, routings: list[tuple[mode.Routing, mode.Rout
         dropped = sum(int(routing.num_dropped.sum()) for routing in both)
         rows.append((place.name, computed / max(reached, 1), float(router.capacity), dropped))
     names = ["router", "computed, of tokens that reached it", "capacity in training", "dropped"]
-    return to_console(pd.DataFrame(rows, columns=names), dict.fromkeys(names[1:3], ".3f"))
+    return pd.DataFrame(rows, columns=pd.Index(names))

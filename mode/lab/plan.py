@@ -16,7 +16,7 @@ from mode.aot import device_memory_bytes, mesh_for
 from .arms import arm_named
 from .budget import parameter_count
 from .commands import MeshSize as MeshSize, Planning as Planning
-from .console import say
+from .console import say_progress
 from .folder import check_out
 from .footprint import Program
 from .meshes import MeshOf, larger_topologies, meshes
@@ -41,18 +41,18 @@ def run_planning(planning: Planning, console: Console) -> Plan:
     order = _search_order(planning, program, devices)
     what = f"{arm.name}, {parameter_count(program.state.model):,} parameters, for {planning.target}"
     each = f"device{'s' if devices > 1 else ''} with {binary(memory)} each ({rule})."
-    say(console, f"{what}: {devices} {each}")
+    say_progress(console, f"{what}: {devices} {each}")
     trials: list[Trial] = []
     for mesh in order:
         left = began + 60 * planning.minutes - time.perf_counter()
         trial = _skipped(program, mesh, memory, trials, left)
         if not trial.why:
-            say(console, f"compiling for {mesh} ...")
+            say_progress(console, f"compiling for {mesh} ...")
             report, exchanges = program.compile(mesh.target, mesh.axes)
             fits = "argument_bytes" in report and report["needed_bytes"] <= memory
             trial = Trial(mesh, trial.counted, report, exchanges, fits)
         trials.append(trial)
-        say(console, trial.describe(memory))
+        say_progress(console, trial.describe(memory))
         if trial.fits:
             break
     preset = () if planning.preset is None else ("--preset", planning.preset)

@@ -13,7 +13,7 @@ from .console import say
 from .files import Record, write_record, write_text
 from .recovery import recovery_table
 from .run import TrainResult
-from .tables import DASH, escape, prose, to_console, to_markdown
+from .tables import DASH, Format, escape, prose, to_console, to_markdown, write_tables
 from .versions import PACKAGES, machine, versions
 
 
@@ -30,7 +30,7 @@ class Results(Record):
     equal_steps: tuple[TrainResult, ...]
 
 
-_FORMATS = {
+_FORMATS: dict[str, Format] = {
     "parameters": lambda count: f"{count / 1e3:,.0f} k",
     "forward FLOPs / token": lambda flops: f"{flops / 1e6:.3f} M",
     "ms / step": ".0f",
@@ -38,6 +38,10 @@ _FORMATS = {
     "bits / byte, CAUSAL": ".3f",
     "recovery": ".0%",
     "without its updates": ".3f",
+    **dict.fromkeys(("precision", "recall"), lambda values: _each(values, 2)),
+    **dict.fromkeys(
+        ("slots / token, top-k", "slots / token, causal"), lambda values: _each(values, 3)
+    ),
 }
 # Below this the learning rate has hardly risen, and running quantiles have hardly settled.
 _FEW_STEPS = 100
@@ -50,7 +54,8 @@ def write_report(
     command: str,
     console: Console,
 ) -> None:
-    """Writes `report.md`, `results.json`, `curves.png` and `routing.png`, and prints the tables.
+    """Writes `report.md`, its tables as `report.json`, `results.json`, `curves.png` and
+    `routing.png`, and prints the tables.
 
     `results` are of equal training FLOPs, `equal_steps` those from which recovery is computed.
     """
@@ -77,7 +82,7 @@ def write_report(
     best = min(frame["bits / byte, CAUSAL"])
     style = {
         "bold": [row for row, bits in enumerate(frame["bits / byte, CAUSAL"]) if bits == best],
-        # Text that holds the number of each router.
+        # Cells that hold the number of each router, too.
         "right": [name for name in frame.columns if name != "arm"],
     }
     steps = min(frame["steps"])
@@ -99,6 +104,8 @@ def write_report(
         versions="".join(f"- {name} {number}\n" for name, number in record.versions.items()),
     )
     write_text(out / "report.md", text)
+    tables = {"equal FLOPs": frame} | ({} if recovered is None else {"recovery": recovered})
+    write_tables(out / "report.json", tables)
     title = "Held-out results at equal training FLOPs"
     console.print(to_console(frame, _FORMATS, title=title, **style))
     if recovered is not None:
@@ -127,13 +134,13 @@ def _row(result: TrainResult) -> dict[str, Any]:
         "ms / step": 1e3 * result.step_seconds,
         "bits / byte, top-k": result.evaluation.bits_top_k,
         "bits / byte, CAUSAL": result.evaluation.bits_causal,
-        "precision": _each([router.precision for router in routers]),
-        "recall": _each([router.recall for router in routers]),
-        "slots / token, top-k": _each([router.compute_top_k for router in routers], 3),
-        "slots / token, causal": _each([router.compute_causal for router in routers], 3),
+        "precision": tuple(router.precision for router in routers),
+        "recall": tuple(router.recall for router in routers),
+        "slots / token, top-k": tuple(router.compute_top_k for router in routers),
+        "slots / token, causal": tuple(router.compute_causal for router in routers),
     }
 
 
-def _each(values: Sequence[float | None], digits: int = 2) -> str:
+def _each(values: Sequence[float | None], digits: int) -> str:
     """The number of each router."""
     return " / ".join(f"{value:.{digits}f}" for value in values if value is not None) or DASH

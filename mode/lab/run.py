@@ -18,7 +18,7 @@ from . import interrupts
 from .arms import Arm, arm_named
 from .checkpoint import Checkpoints, Notes, TrainSettings
 from .commands import Training as Training
-from .console import Watch, progress, say
+from .console import Watch, progress, say, say_progress
 from .data import Corpus, held_out_batches, read_corpus
 from .devices import by_lead, device_names, is_lead, on, with_shardings
 from .evaluate import Evaluation, evaluate
@@ -84,7 +84,7 @@ def run_training(training: Training, console: Console) -> None:
     with on(training.devices, batch=training.size.batch) as mesh:
         console.quiet = not is_lead()
         parameters = count_parameters(arm.shapes(training.size))
-        say(console, f"{device_names()}; {parameters:,} parameters; {corpus}.")
+        say_progress(console, f"{device_names()}; {parameters:,} parameters; {corpus}.")
         tokens, every = training.size.batch * training.size.length, training.log_every
         with (
             progress(console, 1) as bars,
@@ -94,7 +94,7 @@ def run_training(training: Training, console: Console) -> None:
         say(console, f"{arm.name}: {result.held_out}, after {training.steps} steps.")
         if arm.samples:
             command = shlex.join(["mode-lab", "generate", "--checkpoint", str(training.out)])
-            say(console, f"To sample from it:\n    {command}")
+            say_progress(console, f"To sample from it:\n    {command}")
 
 
 def train_arm(
@@ -113,7 +113,7 @@ def train_arm(
         step, state, notes = restored
         check_same(out, notes.settings, settings, besides=_BESIDES)
         start = Progress(state, notes.stream, list(notes.losses))
-        say(console, f"{arm.name}: goes on from step {step}.")
+        say_progress(console, f"{arm.name}: goes on from step {step}.")
     by_lead(lambda: claim(out, settings, besides=_BESIDES))
 
     def save(now: Progress) -> None:
@@ -122,7 +122,7 @@ def train_arm(
         checkpoints.save(step, now.state, notes)
         if training.save_every < training.steps:
             bits = f"{now.losses[-1]:.3f} bits per byte"
-            say(console, f"step {step} of {training.steps}, {bits}, saved")
+            say_progress(console, f"step {step} of {training.steps}, {bits}, saved")
 
     try:
         with interrupts.deferred():

@@ -1,15 +1,21 @@
-"""Tables of reports: one data frame, printed as Markdown or in a console."""
+"""Tables of reports: one data frame, written as Markdown and as JSON, or shown in a console."""
 
+import dataclasses
+import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+import pydantic
 import rich.box
 from rich.table import Table
 from rich.text import Text
+
+from .files import Record, write_record
 
 
 # A format specification such as ".3f", or a function of one value; for columns by name.
@@ -85,6 +91,41 @@ def to_console(
     for row, cells in enumerate(shown.itertuples(index=False)):
         table.add_row(*map(Text, cells), style="bold" if row in bold else None)
     return table
+
+
+class Tables(Record):
+    """`report.json`: the tables of the `report.md` beside it, each by its columns.
+
+    Numbers are not rounded. `null` is missing, undefined or infinite.
+    """
+
+    format = "mode-lab tables"
+    version = 1
+
+    tables: dict[str, dict[str, tuple[pydantic.JsonValue, ...]]]
+
+
+def write_tables(path: Path, frames: Mapping[str, pd.DataFrame]) -> None:
+    """Writes frames as JSON, each under its name and without its index.
+
+    A cell may be a number of several parts, such as an `Interval` or one for each router.
+    """
+    tables = {
+        name: {str(column): tuple(map(_plain, frame[column])) for column in frame}
+        for name, frame in frames.items()
+    }
+    write_record(path, Tables(tables=tables))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(part) for name, part in dataclasses.asdict(value).items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _side(frame: pd.DataFrame, name: str, right: Collection[str]) -> Literal["left", "right"]:

@@ -7,6 +7,8 @@ import pytest
 
 import mode
 from mode.lab import run
+from mode.lab.files import read_record
+from mode.lab.tables import Tables
 from tests.lab.helpers import quiet
 from tests.lab.runs import generated
 
@@ -26,6 +28,9 @@ def test_text_comes_from_the_newest_checkpoint(whole: Path) -> None:
     assert "a second" in report
     assert "0.125" in report
     assert (whole / "generated.png").read_bytes().startswith(b"\x89PNG")
+    table = read_record(whole / "generated.routers.json", Tables).tables["routers"]
+    assert table["capacity in training"] == (0.125,)
+    assert table["dropped"] == (0,)
 
 
 def test_sampling_is_keyed(whole: Path) -> None:

@@ -18,11 +18,13 @@ from mode.lab.__main__ import main
 from mode.lab.corpus import read_corpus
 from mode.lab.data import Batch, batches
 from mode.lab.evaluate import held_out_loss
+from mode.lab.files import read_record
 from mode.lab.healing.choose import LayerWorth, propose_layers
 from mode.lab.healing.documents import start_token, tokenize
 from mode.lab.healing.options import Healing
 from mode.lab.healing.teacher import Targets, divergence
 from mode.lab.healing.train import learning, plan_phases
+from mode.lab.tables import Tables
 from tests.helpers import rng
 from tests.pretrained.cases import CONFIGS, make_tensors, write_folder
 
@@ -76,6 +78,9 @@ def test_healing_brings_arms_nearer_to_the_dense_model_and_goes_on(
         assert (result["routers"] is not None) == (arm == "learned")
     report = (tmp_path / "whole" / "report.md").read_text()
     assert all(f"| {arm}" in report for arm in ("dense", *arms[1:]))
+    table = read_record(tmp_path / "whole" / "report.json", Tables).tables["arms"]
+    assert table["arm"] == ("dense", *arms[1:])
+    assert table["causal"][2:] == (None, None)
     # Stopped among the steps of norms and those of the causal rule, and begun again each time.
     for stop in (4, 10):
         received = iter([0] * (stop - _done(tmp_path / "parts" / "learned")) + [signal.SIGTERM] * 9)

@@ -13,6 +13,7 @@ from mode.lab.files import read_record
 from mode.lab.options import Size
 from mode.lab.recovery import recovery
 from mode.lab.report import Results
+from mode.lab.tables import Tables
 from mode.lab.tasks.arms import TaskSize, train_and_score
 from tests.lab.helpers import quiet, repeating_texts, said
 
@@ -59,6 +60,13 @@ def test_an_ablation_ends_with_recovery_and_recall(
     assert "recovery" in shown
     assert "recall: 4 pairs" in shown
     assert (out / "recall" / "recall.png").exists()
+    tables = read_record(out / "report.json", Tables).tables
+    assert tables["recovery"]["arm"] == ("dense", "left-out", "mod")
+    assert tables["equal FLOPs"]["arm"] == ("dense", "left-out", "mod", "moe")
+    # Of each router, of which the dense arm has none.
+    slots = tables["equal FLOPs"]["slots / token, causal"]
+    assert slots[0] == []
+    assert slots[2] == [router.compute_causal for router in results.arms[2].evaluation.routers]
     console = quiet()
     ablate.run_ablation(ablation, console)
     assert "mod, equal steps: finished before, kept." in said(console)

@@ -1,4 +1,4 @@
-"""Reports on loss against size: `report.md`, `isoflop.png` and a table."""
+"""Reports on loss against size: `report.md`, `report.json`, `isoflop.png` and a table."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rich.console import Console
 from ..console import say
 from ..files import write_text
 from ..folder import read_settings
-from ..tables import prose, to_console, to_markdown
+from ..tables import prose, to_console, to_markdown, write_tables
 from .curves import Curve, Parabola
 from .figure import plot_curves
 from .frame import Runs, to_frame
@@ -45,31 +45,42 @@ def report_sweep(out: Path, console: Console) -> None:
     settings = read_settings(out, SweepSettings)
     store = Store(out)
     records = store.all(settings)
-    parts = ["# Loss against size at equal training FLOPs"]
+    parts, tables = ["# Loss against size at equal training FLOPs"], {}
     if records:
         frame = to_frame(records)
         runs = Runs.of(frame, settings.reference)
         names = set(runs.frame["arm"])
         arms = [f"- {arm.name}: {arm.description}" for arm in SWEEP_ARMS if arm.name in names]
+        if runs.curves:
+            tables["curves"] = _curve_table(runs.curves)
+            plot_curves(out / "isoflop.png", runs.curves)
+        if len(settings.rates) > 1:
+            tables["rates"] = _rate_table(frame, settings)
+        tables["runs"] = _run_table(runs.frame)
         parts += [
-            _curve_section(out, runs.curves, console),
-            *("## Learning rates", _rate_section(frame, settings)),
-            *("## Runs", to_markdown(_run_table(runs.frame), _FORMATS), "\n".join(arms)),
+            _curve_section(tables.get("curves"), console),
+            *("## Learning rates", _rate_section(tables.get("rates"), settings)),
+            *("## Runs", to_markdown(tables["runs"], _FORMATS), "\n".join(arms)),
             *("## Made with", _made_with(records, settings)),
         ]
     failures = [f"- {name}: {reason}" for name, reason in store.failures().items()]
     if failures:
         parts += ["## Runs without a result", "\n".join(failures)]
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    write_tables(out / "report.json", tables)
     say(console, f"{len(records)} runs: see {out / 'report.md'}.")
 
 
-def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> str:
-    if not curves:
+def _curve_section(table: pd.DataFrame | None, console: Console) -> str:
+    if table is None:
         nothing = "No arm has three sizes at one budget yet: there is nothing to fit."
         say(console, nothing)
         return nothing
-    plot_curves(out / "isoflop.png", curves)
+    console.print(to_console(table, _FORMATS, title="Loss against size"))
+    return prose("isoflop", table=to_markdown(table, _FORMATS)).strip()
+
+
+def _curve_table(curves: Sequence[Curve]) -> pd.DataFrame:
     dense = {curve.budget: curve.fit for curve in curves if curve.arm == "dense"}
     rows = []
     for curve in curves:
@@ -79,9 +90,7 @@ def _curve_section(out: Path, curves: Sequence[Curve], console: Console) -> str:
         misfit = curve.misfit if sizes > 3 else math.nan
         costs = (fit.forward_flops(fit.optimum), _cost(fit, dense.get(curve.budget)))
         rows.append((*row, deviation, misfit, *costs))
-    table = pd.DataFrame(rows, columns=pd.Index(_CURVE_COLUMNS))
-    console.print(to_console(table, _FORMATS, title="Loss against size"))
-    return prose("isoflop", table=to_markdown(table, _FORMATS)).strip()
+    return pd.DataFrame(rows, columns=pd.Index(_CURVE_COLUMNS))
 
 
 def _cost(fit: Parabola, dense: Parabola | None) -> str | None:
@@ -92,20 +101,24 @@ def _cost(fit: Parabola, dense: Parabola | None) -> str | None:
     return "never" if math.isinf(ratio) else f"{bound}{ratio:.2f}"
 
 
-def _rate_section(frame: pd.DataFrame, settings: SweepSettings) -> str:
+def _rate_section(table: pd.DataFrame | None, settings: SweepSettings) -> str:
+    if table is None:
+        return f"{settings.rates[0]:g}, not searched."
+    formats = dict.fromkeys(map("{:g}".format, settings.rates), ".4f")
+    return (
+        f"Loss of the dense arm after {settings.search_budget:.3g} training FLOPs, with a seed "
+        f"that no comparison uses.\n\n{to_markdown(table, formats)}"
+    )
+
+
+def _rate_table(frame: pd.DataFrame, settings: SweepSettings) -> pd.DataFrame:
     rates = sorted(settings.rates)
-    if len(rates) == 1:
-        return f"{rates[0]:g}, not searched."
     search = frame[frame["seed"] >= SEARCH_SEED]
     losses = search.pivot(index="shape", columns="recipe.learning_rate", values="causal")
     best = losses.idxmin(axis="columns")
     edge = best.isin([rates[0], rates[-1]]).map({True: " (at the edge of the search)", False: ""})
     table = losses.rename(columns="{:g}".format).assign(chosen=best.map("{:g}".format) + edge)
-    table = table.rename_axis(index="size", columns=None).reset_index()
-    return (
-        f"Loss of the dense arm after {settings.search_budget:.3g} training FLOPs, with a seed "
-        f"that no comparison uses.\n\n{to_markdown(table, {f'{rate:g}': '.4f' for rate in rates})}"
-    )
+    return table.rename_axis(index="size", columns=None).reset_index()
 
 
 def _run_table(frame: pd.DataFrame) -> pd.DataFrame:

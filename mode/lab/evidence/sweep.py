@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..arms import ARMS, Arm
 from ..budget import flops_per_step, steps_for
-from ..console import Bars, progress, say
+from ..console import Bars, progress, say, say_progress
 from ..data import Corpus, read_corpus
 from ..files import lock
 from ..folder import claim
@@ -112,7 +112,8 @@ def run_sweep(
     claim(out, settings)
     finished = sum(map(store.is_finished, with_rates(runs, search, settings, store)))
     before = f"{finished} of them finished before"
-    say(console, f"{len(runs)} runs, {before}, and {len(search)} that search learning rates.")
+    count = f"{len(runs)} runs, {before}, and {len(search)} that search learning rates."
+    say_progress(console, count)
     worker = _Worker(preset.arms, store, corpus, end, console)
     worker.train_all(search)
     worker.train_all(with_rates(runs, search, settings, store))
@@ -165,4 +166,4 @@ class _Worker:
         name = f"{title}, {run.budget:.3g} FLOPs, seed {run.seed}"
         losses = f"{record.end.top_k:.4f} bits per byte, causal {record.end.causal:.4f}"
         rate, seconds = run.recipe.learning_rate, time.perf_counter() - start
-        say(self.console, f"{name}, rate {rate:g}: {losses}, {seconds:.0f} s.")
+        say_progress(self.console, f"{name}, rate {rate:g}: {losses}, {seconds:.0f} s.")

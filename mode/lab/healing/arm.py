@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 import mode
 from mode._types import Scalar
@@ -19,6 +21,7 @@ from mode.routing import Routings
 
 from .. import interrupts
 from ..checkpoint import Checkpoints
+from ..console import say, say_progress
 from ..corpus import Corpus
 from ..data import Batch, Sample, batches, held_out_batches
 from ..evaluate import held_out_loss
@@ -33,7 +36,6 @@ from .train import HealState, Phase, make_step, plan_phases, rates
 
 # Options that decide nothing of a run: where its files are, and which other arms there are.
 BESIDES = ("out", "data", "model", "arms", "save_every", "held_out")
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def make_arm(options: Healing, dense: mode.Transformer, arm: str) -> mode.Transf
     )
 
 
-def heal_arm(source: Source, arm: str, out: Path, say: Say) -> HealResult:
+def heal_arm(source: Source, arm: str, out: Path, console: Console) -> HealResult:
     """Trains an arm in its folder, from where it stands, and saves model and result.
 
     **Raises:** `FloatingPointError` for a loss that is not finite; `KeyboardInterrupt` after the
@@ -98,10 +100,8 @@ def heal_arm(source: Source, arm: str, out: Path, say: Say) -> HealResult:
     if not saved:
         converted, *_ = held_out_loss(model, source.samples, key)
         notes = HealNotes(arm=arm, settings=source.settings, losses=(), converted=converted)
-        say(
-            f"{arm}: {converted:.3f} nats per token after conversion, "
-            f"dense {source.dense_loss:.3f}."
-        )
+        after = f"{converted:.3f} nats per token after conversion"
+        say_progress(console, f"{arm}: {after}, dense {source.dense_loss:.3f}.")
     shape = (total, options.batch, options.length, options.top)
     teacher = Teacher(source.dense, out.parent / "teacher", shape) if total else None
     out.mkdir(parents=True, exist_ok=True)
@@ -117,19 +117,19 @@ def heal_arm(source: Source, arm: str, out: Path, say: Say) -> HealResult:
         else:
             state = mode.with_capacity(state, phase.capacities) if phase.capacities else state
         if phase.first < saved:
-            restored = checkpoints.newest(state, say)
+            restored = checkpoints.newest(state, partial(say, console))
             assert restored is not None
             _, state, notes = restored
             check_same(out, notes.settings, source.settings, besides=BESIDES)
-            say(f"{arm}: goes on from step {saved}.")
+            say_progress(console, f"{arm}: goes on from step {saved}.")
         assert teacher is not None
-        run = _Run(options, teacher, checkpoints, stream, total, say)
+        run = _Run(options, teacher, checkpoints, stream, total, console)
         state, notes = run.phase(phase, state, notes)
         model = state.model
         if phase.part == "routers" and notes.routers is None:
             loss, *_ = held_out_loss(model, source.samples, key)
             notes = notes.model_copy(update={"routers": loss})
-            say(f"{arm}: {loss:.3f} after the steps of routers alone.")
+            say_progress(console, f"{arm}: {loss:.3f} after the steps of routers alone.")
     return _finish(source, model, notes, out, began)
 
 
@@ -142,7 +142,7 @@ class _Run:
     checkpoints: Checkpoints[HealNotes]
     stream: Iterator[Sample]
     total: int
-    say: Say
+    console: Console
 
     def phase(
         self, phase: Phase, state: HealState, notes: HealNotes
@@ -170,10 +170,8 @@ class _Run:
                     notes = notes.model_copy(update={"losses": tuple(losses)})
                     self.checkpoints.save(done, state, notes)
                     recent = np.mean(losses[-min(20, options.save_every) :])
-                    self.say(
-                        f"{arm}: step {done} of {self.total}, {recent:.3f} nats from the dense "
-                        "model."
-                    )
+                    far = f"{recent:.3f} nats from the dense model"
+                    say_progress(self.console, f"{arm}: step {done} of {self.total}, {far}.")
                 if is_stopped:
                     raise KeyboardInterrupt
         return state, notes

@@ -13,7 +13,7 @@ import mode
 from mode.pretrained._convert import check_layers
 from mode.pretrained._receipt import logit_difference
 
-from ..console import say
+from ..console import say, say_progress
 from ..corpus import Corpus, read_corpus
 from ..data import Batch, batches, held_out_batches
 from ..evaluate import held_out_loss
@@ -21,7 +21,7 @@ from ..figures import BLUE, GREY, PAGE, save_figure
 from ..files import write_record, write_text
 from ..folder import check_out, claim
 from ..options import absolute_glob, command_line
-from ..tables import to_console, to_markdown
+from ..tables import to_console, to_markdown, write_tables
 from .arm import BESIDES, heal_arm, make_source
 from .choose import LayerWorth, measure_layers, propose_layers
 from .documents import start_token, tokenize
@@ -54,7 +54,7 @@ def run_converting(options: Converting, console: Console) -> None:
     whole_loss = 0.0
     layers = list(options.layers)
     if options.choose:
-        say(console, f"{shapes.depth} layers, each left out in turn...")
+        say_progress(console, f"{shapes.depth} layers, each left out in turn...")
         whole_loss, worths = measure_layers(model, seen)
         if not layers:
             layers = propose_layers(
@@ -97,7 +97,7 @@ def run_converting(options: Converting, console: Console) -> None:
         capacity=options.capacity,
     )
     usual = Healing(Path(), ())
-    say(console, f"To train it:\n    {command_line('heal', heal, defaults=usual)}")
+    say_progress(console, f"To train it:\n    {command_line('heal', heal, defaults=usual)}")
 
 
 def _worth_table(worths: list[LayerWorth], dense: float, layers: list[int]) -> pd.DataFrame:
@@ -147,14 +147,13 @@ def run_healing(options: Healing, console: Console) -> None:
     source = make_source(dense, corpus, settings)
     text = f"{len(corpus.train.names)} files to train on ({len(corpus.train.tokens):,} tokens)"
     loss = f"{source.dense_loss:.3f} nats per token"
-    say(console, f"{text}, {len(corpus.held_out.names)} held out. Dense: {loss}.")
-    results = [
-        heal_arm(source, arm, options.out / arm, partial(say, console)) for arm in options.arms
-    ]
+    say_progress(console, f"{text}, {len(corpus.held_out.names)} held out. Dense: {loss}.")
+    results = [heal_arm(source, arm, options.out / arm, console) for arm in options.arms]
     table, formats = _result_table(results)
     console.print(to_console(table, formats))
     text = f"`{command_line('heal', options, defaults=Healing(Path(), ()))}`\n\n"
     write_text(options.out / "report.md", text + to_markdown(table, formats) + "\n")
+    write_tables(options.out / "report.json", {"arms": table})
 
 
 def _result_table(results: list[HealResult]) -> tuple[pd.DataFrame, dict[str, str]]:

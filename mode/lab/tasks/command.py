@@ -5,7 +5,7 @@ import itertools
 from rich.console import Console
 
 from ..commands import Tasks
-from ..console import progress, say
+from ..console import progress, say_progress
 from ..folder import claim
 from ..options import TASK_ARMS
 from .arms import train_and_score
@@ -51,7 +51,8 @@ def train_tasks(tasks: Tasks, console: Console) -> None:
                 top_k, causal = train_and_score(task, arm, tasks.recipe, steps=steps, seed=seed)
             result = TaskResult(task=task.name, arm=arm, seed=seed, top_k=top_k, causal=causal)
             write_result(tasks.out, result)
-            say(console, f"{task.name}, seed {seed}, {arm}: {_in_words(result.last)}")
+            words = _in_words(result.last)
+            say_progress(console, f"{task.name}, seed {seed}, {arm}: {words}")
 
 
 def _in_words(score: Score) -> str:

@@ -15,68 +15,69 @@ from ..files import write_text
 from ..folder import read_settings
 from ..intervals import Interval
 from ..options import TASK_ARMS, TASK_TEXTS
-from ..tables import prose, to_console, to_markdown
+from ..tables import Format, prose, to_console, to_markdown, write_tables
 from .records import TaskResult, TaskSettings, read_results
 from .sequences import Task, task_named
 
 
+_ACCURACIES = ("accuracy, top-k", "accuracy, CAUSAL")
 _SHOWN = 4  # sequences of each arm in the picture
 # Of a token: neither needed nor with a slot, with a slot only, needed only, both.
 _SIGNS, _COLOURS = ".xo#", (PALE, GREY, ORANGE, DARK_BLUE)
 
 
 def report_tasks(out: Path, console: Console) -> None:
-    """Writes `report.md` and a picture for each task in a folder, and prints the tables.
+    """Writes `report.md`, its tables as `report.json` and a picture for each task in a folder, and
+    prints the tables.
 
     **Raises:** `ValueError` where it holds no result.
     """
     settings, results = read_settings(out, TaskSettings), read_results(out)
     if not results:
         raise ValueError(f"`out` must hold at least one finished run, got {out}, which has none.")
-    parts = []
+    parts, tables = [], {}
     for name in TASK_TEXTS:
         own = [result for result in results if result.task == name]
         if not own:
             continue
         own.sort(key=lambda result: list(TASK_ARMS).index(result.arm))
         task = task_named(name, density=settings.density)
-        table = hit_table(task, own)
+        table = tables[name] = hit_table(task, own)
         title = f"{task.name}: {task.about}"
-        numbers = [column for column in table.columns if column != "arm"]
-        console.print(to_console(table, title=title, right=numbers))
+        numbers: dict[str, Format] = dict.fromkeys(table.columns.drop("arm"), ".2f")
+        numbers |= dict.fromkeys(_ACCURACIES, _with_error)
+        console.print(to_console(table, numbers, title=title, right=numbers))
         text = slots_in_text(task, own)
         say(console, text)
         picture = out / f"{task.name}.png"
         plot_slots(picture, task, own)
         shown = f"![Where the slots went]({picture.name})"
-        parts.append(f"## {title}\n\n{to_markdown(table, right=numbers)}\n\n{shown}")
+        parts.append(f"## {title}\n\n{to_markdown(table, numbers, right=numbers)}\n\n{shown}")
     write_text(out / "report.md", prose("tasks", tasks="\n\n".join(parts)))
+    write_tables(out / "report.json", tables)
     say(console, f"See {out / 'report.md'}.")
 
 
 def hit_table(task: Task, results: Sequence[TaskResult]) -> pd.DataFrame:
-    """Makes a row for each arm: accuracy and, of each class, the fraction that got a slot.
-
-    Means over seeds; where there are several, with their 95 % interval.
+    """Makes a row for each arm: accuracy over the seeds and, of each class, the mean of the
+    fraction that got a slot.
     """
     rows = []
     for arm in dict.fromkeys(result.arm for result in results):
         own = [result for result in results if result.arm == arm]
-        row: dict[str, str | None] = {
-            "arm": arm,
-            "accuracy, top-k": _mean([result.top_k.accuracy for result in own]),
-            "accuracy, CAUSAL": _mean([result.last.accuracy for result in own]),
-        }
+        top_k = Interval.of(result.top_k.accuracy for result in own)
+        last = Interval.of(result.last.accuracy for result in own)
+        row: dict[str, object] = {"arm": arm, **dict(zip(_ACCURACIES, (top_k, last), strict=True))}
         for name in task.classes:
             hits = [result.last.hits[name] for result in own if result.last.hits]
             marked = f"{name} *" if name in task.needed else name
-            row[f"slots: {marked}"] = f"{np.mean(hits):.2f}" if hits else None
+            row[f"slots: {marked}"] = float(np.mean(hits)) if hits else None
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _mean(values: Sequence[float]) -> str:
-    interval = Interval.of(values)
+def _with_error(interval: Interval) -> str:
+    """The mean and, of several seeds, half of its 95 % interval."""
     if interval.count == 1:
         return f"{interval.mean:.3f}"
     return f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"
