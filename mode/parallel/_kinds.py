@@ -30,12 +30,14 @@ def parameter_kinds(model: PyTree) -> PyTree[Kind | None]:
     >>> import equinox as eqx, jax, mode, optax
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))
     >>> parameters = eqx.filter(model, mode.is_trainable(model))
-    >>> kinds = mode.parameter_kinds(parameters)
-    >>> decayed = jax.tree.map(lambda kind: kind == "matrix", kinds)
-    >>> adamw = optax.adamw(1e-3, weight_decay=0.1, mask=lambda _: decayed)
+    >>> def decayed(parameters):  # a function: it follows where `with_capacity` changes the model
+    ...     return jax.tree.map(lambda kind: kind == "matrix", mode.parameter_kinds(parameters))
+    >>> adamw = optax.adamw(1e-3, weight_decay=0.1, mask=decayed)
     >>> axes = optax.contrib.MuonDimensionNumbers(-2, -1)
-    >>> muon_axes = jax.tree.map(lambda kind: axes if kind == "matrix" else None, kinds)
-    >>> muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=lambda _: muon_axes)
+    >>> def matrices(parameters):
+    ...     kinds = mode.parameter_kinds(parameters)
+    ...     return jax.tree.map(lambda kind: axes if kind == "matrix" else None, kinds)
+    >>> muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices)
     >>> state = muon.init(parameters)
     """
     leaves, structure = jax.tree.flatten(model)

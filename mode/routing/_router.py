@@ -144,6 +144,7 @@ class Router(eqx.Module):
         slots: int,
         free: Int[Array, "*groups experts"] | None = None,
         change: Float[Array, "*groups tokens"] | None = None,
+        positions: Int[Array, "*groups tokens"] | None = None,
     ) -> RoutingInputs:
         """Makes the inputs of the selector, whose fields of the same names the arguments are.
 
@@ -151,7 +152,9 @@ class Router(eqx.Module):
         """
         threshold = self.state.threshold.astype(logits.dtype)
         scores = self.scores(logits)
-        inputs = RoutingInputs(scores, logits, predictor, threshold, valid, free, slots, change)
+        inputs = RoutingInputs(
+            scores, logits, predictor, threshold, valid, free, slots, change, positions
+        )
         return jax.lax.stop_gradient(inputs)
 
     def __call__(
@@ -191,7 +194,7 @@ class Router(eqx.Module):
             x = jnp.where(info.valid[..., None], x, 0).astype(float32_or_wider(x.dtype))
             logits, predictor = self.scorer(x), self._predict(jax.lax.stop_gradient(x))
             width = min(total, num_tokens)
-            inputs = self.inputs(logits, predictor, info.valid, width, free, change)
+            inputs = self.inputs(logits, predictor, info.valid, width, free, change, info.positions)
             assignment = self.select(inputs, key=key)
             check_assignment(self.select, assignment, inputs)
             weight = self._weights(logits, assignment.index)

@@ -32,6 +32,8 @@ class RoutingInputs(eqx.Module):
     - `slots`: slots of each expert in the assignment, a Python integer.
     - `change`: `[*groups, tokens]`, the size of the last round's update of each token, relative to
         the token's hidden state; infinite in the first round of a `Recursion`, `None` elsewhere.
+    - `positions`: `[*groups, tokens]`, of the tokens in their sequence: in a decoding step the
+        other fields are those of the new tokens alone. `None` where records are looked at again.
     """
 
     scores: Logits
@@ -42,6 +44,7 @@ class RoutingInputs(eqx.Module):
     free: Int[Array, "*groups experts"] | None
     slots: int = eqx.field(static=True)
     change: Float[Array, "*groups tokens"] | None = None
+    positions: Int[Array, "*groups tokens"] | None = None
 
     @property
     def num_experts(self) -> int:
