@@ -160,6 +160,7 @@ def test_early_exit_by_the_size_of_the_update(info: mode.TokenInfo | None) -> No
     x = hidden_states(7, 3, TOKENS, DIM) * np.geomspace(0.1, 30, 3 * TOKENS).reshape(3, TOKENS, 1)
     x = x.astype(jnp.float32)
     hidden, routings = run(layer, x, info)
+    assert isinstance(layer.block, mode.TransformerBlock)
     block = oracle_block(layer.block)
 
     def recursion(x: Any, valid: Any, positions: Any, segments: Any) -> Any:
