@@ -21,6 +21,7 @@ WITH_EXAMPLES = [page for page in PAGES if "```python\n" in page.read_text()]
 
 def test_the_pages_that_have_examples() -> None:
     """Those on which nothing runs are the ones of commands and of words."""
+    assert README in WITH_EXAMPLES
     without = {page.name for page in set(PAGES) - set(WITH_EXAMPLES) if page.parent == DOCS}
     assert without == {
         *("ahead-of-time.md", "choose.md", "faq.md", "glossary.md", "lab.md", "peers.md"),
@@ -50,6 +51,7 @@ def test_every_page_is_in_the_menu() -> None:
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_run(page: Path):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert blocks
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
