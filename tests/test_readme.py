@@ -16,7 +16,10 @@ from tests.examples import CLAIMS, run_example
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 PAGES = [README, *sorted(DOCS.glob("**/*.md"))]
-WITH_EXAMPLES = [page for page in PAGES if "```python\n" in page.read_text()]
+TUTORIALS = sorted(DOCS.glob("tutorials/*.md"))
+WITH_EXAMPLES = [
+    page for page in PAGES if "```python\n" in page.read_text() and page not in TUTORIALS
+]
 
 
 def test_the_pages_that_have_examples() -> None:
@@ -57,6 +60,16 @@ def test_the_examples_run(page: Path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_tutorials_show_the_code_that_is_run() -> None:
+    """`docs/tutorials/run.py` runs the cells and writes the pages; CI runs it at a small size."""
+    assert len(TUTORIALS) == 5
+    for page in TUTORIALS:
+        cells = re.split(r"^# %%", page.with_suffix(".py").read_text(), flags=re.MULTILINE)[1:]
+        code = [cell.strip() for cell in cells if not cell.startswith(" [markdown]")]
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        assert [block.strip() for block in blocks] == code, page.name
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)

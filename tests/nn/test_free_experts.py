@@ -10,16 +10,8 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import (
-    assert_close,
-    f64,
-    hidden_states,
-    oracle_experts,
-    oracle_router,
-    packed_info,
-    rng,
-    run,
-)
+from tests.helpers import assert_close, hidden_states, packed_info, rng, run
+from tests.nn import oracles
 from tests.nn.cases import DIM, INFOS, TOKENS, make_experts, numbers
 from tests.routing.draws import assert_assigned
 
@@ -50,31 +42,8 @@ def test_each_choice_adds_what_it_returns(k: int, info: mode.TokenInfo | None) -
     layer = make_layer(k=k)
     x = hidden_states(1, 3, TOKENS, DIM)
     update, (routing,) = run(layer, x, info)
-    assert layer.free is not None
-    mix, constant = f64(layer.free.mix), f64(layer.free.constant)
-
-    def experts(x: Any, valid: Any) -> Any:
-        w_router = oracle_router(layer.router)
-        out, assignment = ref.mixture_of_experts(
-            x,
-            w_router,
-            oracle_experts(layer.experts),
-            lambda scores, valid: ref.token_choice(scores, valid, 3, 4, k),
-            "softmax",
-            valid,
-        )
-        for token in np.flatnonzero(valid):
-            probability = ref.softmax(w_router @ x[token])
-            for choice in np.argsort(-probability)[:k]:
-                if choice == 4:  # behind three experts and a no-op
-                    out[token] += probability[choice] * x[token]
-                elif choice > 4:
-                    alpha = ref.softmax(x[token] @ mix[choice - 5])
-                    mixed = alpha[0] * x[token] + alpha[1] * constant[choice - 5]
-                    out[token] += probability[choice] * mixed
-        return out, assignment
-
-    expected, assignment = ref.over_groups(experts, 1, *numbers(x, info)[:2])
+    oracle = oracles.of_free_experts(layer, slots=4, k=k)
+    expected, (assignment,) = ref.over_groups(oracle, 1, *numbers(x, info))
     assert_assigned(routing, assignment)
     assert_close(update, expected)
 

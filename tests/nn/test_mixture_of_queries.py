@@ -47,26 +47,6 @@ def test_a_selected_token_gets_the_update_of_the_dense_block(
     assert np.array_equal(np.asarray(hidden)[kept], np.asarray(x)[kept])
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_layers(seed: int) -> None:
-    """Random parameters, hidden states and documents: 24 sequences in each of the cases."""
-    draw = np.random.default_rng(seed)
-    cuts = [tuple(np.diff([0, *sorted(draw.integers(0, TOKENS, 2))])) for _ in range(24)]
-    info = packed_info(*[tuple(int(n) for n in cut if n) for cut in cuts], tokens=TOKENS)
-    block = mode.TransformerBlock(DIM, 4, num_kv_heads=2, key=jax.random.key(seed))
-    layer = mode.MixtureOfQueries(block, DIM, 0.5, key=jax.random.key(seed + 100))
-    x = hidden_states(seed, 24, TOKENS, DIM)
-    hidden, (routing,) = run(layer, x, info)
-
-    def queries(x: Any, *rest: Any) -> Any:
-        router = oracle_router(layer.router)[0]
-        return ref.mixture_of_queries(x, router, oracle_block(block), 0.5, "absolute", *rest)
-
-    expected, assignment = ref.over_groups(queries, 1, *numbers(x, info))
-    assert_assigned(routing, assignment)
-    assert_close(hidden, expected)
-
-
 @pytest.mark.optimized
 def test_at_full_capacity_and_weight_one_it_is_the_dense_layer() -> None:
     """To the bit: the same operations on the same tokens in the same order.

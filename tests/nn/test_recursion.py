@@ -10,7 +10,8 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, hidden_states, oracle_block, oracle_router, packed_info, run
+from tests.helpers import assert_close, hidden_states, oracle_block, oracle_router, run
+from tests.nn import oracles
 from tests.nn.cases import DIM, INFOS, TOKENS, make_block, make_experts, numbers
 from tests.routing.draws import assert_assigned
 
@@ -29,18 +30,9 @@ def make_recursion(
 def assert_is_oracle(layer: mode.Recursion, x: Any, info: mode.TokenInfo | None) -> None:
     """Hidden states and the tokens of every round."""
     hidden, routings = run(layer, x, info)
-    assert isinstance(layer.block, mode.TransformerBlock)
-    block = oracle_block(layer.block)
-    w_routers = [oracle_router(router)[0] for router in layer.routers]
     slots = [routing.index.shape[-1] for routing in routings]
-
-    def recursion(x: Any, *rest: Any) -> Any:
-        out, rounds = ref.recursion(
-            x, w_routers, block, slots, "sigmoid", *rest, share_keys=layer.share_keys
-        )
-        return out, tuple(rounds)
-
-    expected, assignments = ref.over_groups(recursion, 1, *numbers(x, info))
+    oracle = oracles.of_recursion(layer, slots)
+    expected, assignments = ref.over_groups(oracle, 1, *numbers(x, info))
     for routing, assignment in zip(routings, assignments, strict=True):
         assert_assigned(routing, assignment)
     assert_close(hidden, expected, scale=3)
@@ -54,18 +46,6 @@ def test_each_round_selects_among_the_tokens_of_the_last(
     layer = make_recursion(share_keys=share_keys)
     assert layer.capacities == [0.75, 0.5, 0.25]
     assert_is_oracle(layer, hidden_states(1, 3, TOKENS, DIM), info)
-
-
-@kinds_of_keys
-@pytest.mark.parametrize("seed", range(4))
-def test_random_layers(seed: int, share_keys: bool) -> None:
-    """Random parameters, hidden states and documents: 24 sequences in each of the cases."""
-    draw = np.random.default_rng(seed)
-    cuts = [tuple(np.diff([0, *sorted(draw.integers(0, TOKENS, 2))])) for _ in range(24)]
-    info = packed_info(*[tuple(int(n) for n in cut if n) for cut in cuts], tokens=TOKENS)
-    block = mode.TransformerBlock(DIM, 4, num_kv_heads=2, key=jax.random.key(seed))
-    layer = make_recursion(seed=seed, block=block, share_keys=share_keys)
-    assert_is_oracle(layer, hidden_states(seed, 24, TOKENS, DIM), info)
 
 
 @pytest.mark.optimized
@@ -98,30 +78,13 @@ def test_a_token_runs_as_many_rounds_as_it_chooses(
     share_keys: bool, info: mode.TokenInfo | None
 ) -> None:
     """The record's experts are the depths; who finds no slot takes part in no round."""
-    block = make_block()
     layer = mode.TokenChoiceRecursion(
-        block, DIM, 3, capacity_factor=1.5, share_keys=share_keys, key=jax.random.key(5)
+        make_block(), DIM, 3, capacity_factor=1.5, share_keys=share_keys, key=jax.random.key(5)
     )
     x = hidden_states(4, 3, TOKENS, DIM)
     hidden, (routing,) = run(layer, x, info)
-    w_router = oracle_router(layer.router)
-
-    def recursion(x: Any, valid: Any, *rest: Any) -> Any:
-        logits = ref.router_logits(x, w_router)
-        scores = ref.selection_scores(logits, "sigmoid")
-        assignment = ref.token_choice(scores, valid, 3, 6, k=1)
-        of_slots = ref.combine_weights(logits, assignment.index, "sigmoid", 1.0)
-        depths, weights = np.zeros(len(x), np.int64), np.zeros(len(x))
-        for depth, slot in np.ndindex(assignment.index.shape):
-            token = assignment.index[depth, slot]
-            if token < len(x):
-                depths[token], weights[token] = depth + 1, of_slots[depth, slot]
-        out = ref.token_choice_recursion(
-            x, weights, depths, oracle_block(block), *rest, share_keys=share_keys
-        )
-        return out, assignment
-
-    expected, assignment = ref.over_groups(recursion, 1, *numbers(x, info))
+    oracle = oracles.of_token_choice_recursion(layer, slots=6)
+    expected, (assignment,) = ref.over_groups(oracle, 1, *numbers(x, info))
     assert_assigned(routing, assignment)
     assert_close(hidden, expected, scale=3)
 
