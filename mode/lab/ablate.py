@@ -6,6 +6,7 @@ Each arm is a run of `mode-lab train` in a folder of its own.
 import dataclasses
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from .arms import NAMES, arm_named, arms_named
@@ -93,6 +94,7 @@ def run_ablation(ablation: Ablation, console: Console) -> None:
                 result = train_arm(training, corpus, console, watch)
             steps = f"{training.steps} steps in {result.seconds:.0f} s"
             say_progress(console, f"{title}: {steps}, {result.held_out}.")
+            jax.clear_caches()  # as the number of programs that a process can hold is bounded
     if ablation.recall:
         train_tasks(_recall(ablation), console)
     report(out, console)

@@ -15,8 +15,8 @@ from mode.lab.ablate import run_rereport
 from mode.lab.commands import TASK_RECIPE, Rereport, Tasks
 from mode.lab.options import OWN_TASK_ARMS, RECURSIONS, TASK_ARMS, TASK_TEXTS, Recipe
 from mode.lab.tasks.arms import TaskSize, build, mixture_of_depths, train_and_score
-from mode.lab.tasks.command import run_tasks
-from mode.lab.tasks.records import read_results
+from mode.lab.tasks.command import run_tasks, train_tasks
+from mode.lab.tasks.records import Score, read_results
 from mode.lab.tasks.sequences import arithmetic, copy, recall, task_named, with_oracle, words
 from tests.lab.helpers import quiet, said
 
@@ -197,6 +197,16 @@ def test_recall_is_learned() -> None:
     assert causal.hits["question"] > 0.8
     assert learned.accuracy > random.accuracy
     assert max(random.hits.values()) - min(random.hits.values()) < 0.1
+
+
+def test_each_run_drops_its_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some thirty runs a process had as many as it can hold, and the compiler crashed."""
+    dropped: list[str] = []
+    score = Score(accuracy=0.5, hits={}, classes=(), selected=())
+    monkeypatch.setattr("mode.lab.tasks.command.train_and_score", lambda *_, **__: (score, None))
+    monkeypatch.setattr(jax, "clear_caches", lambda: dropped.append("programs"))
+    train_tasks(Tasks(tmp_path / "t", arms=("dense", "left-out"), seeds=3), quiet())
+    assert len(dropped) == 6
 
 
 def test_the_command_goes_on_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

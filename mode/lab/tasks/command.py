@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 from rich.console import Console
 
 from ..commands import Tasks
@@ -53,6 +54,7 @@ def train_tasks(tasks: Tasks, console: Console) -> None:
             write_result(tasks.out, result)
             words = _in_words(result.last)
             say_progress(console, f"{task.name}, seed {seed}, {arm}: {words}")
+            jax.clear_caches()  # no run shares programs, and a process can hold some thousand
 
 
 def _in_words(score: Score) -> str:
