@@ -23,7 +23,7 @@ from mode.lab.parse import COMMANDS
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
 PAGES, SITE = BUILD / "pages", BUILD / "site"
-ASSETS = {".md", ".png", ".gz", ".jsonl"}
+ASSETS = {".md", ".png", ".gz", ".jsonl", ".py"}
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _LINK = re.compile(r'\b(?:href|src)="([^"]+)"')
 _ANCHOR = re.compile(r'\b(?:id|name)="([^"]+)"')

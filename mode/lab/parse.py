@@ -22,7 +22,7 @@ COMMANDS = {
 }
 
 
-_COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "tcsh", "fish")
+_COMPLETION, _SHELLS = "--tyro-print-completion", ("bash", "zsh", "fish")
 
 
 class Line(NamedTuple):

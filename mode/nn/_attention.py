@@ -32,7 +32,8 @@ class Attention(AbstractKeyedBlock):
     - `dim`: features of the hidden states; a multiple of `num_heads` unless `head_dim` is given.
     - `num_heads`: query heads; a multiple of `num_kv_heads`.
     - `num_kv_heads`: key-value heads; by default `num_heads`.
-    - `head_dim`: features of a head, even; by default `dim // num_heads`.
+    - `head_dim`: features of a head, even where `rope_theta` is not `None`; by default
+        `dim // num_heads`.
     - `qkv_bias`, `out_bias`: whether the projections have biases.
     - `head_norm`: builds norms of `head_dim` features for queries and keys, before they are
         turned, such as `RMSNorm`; `None` for none.
@@ -41,8 +42,8 @@ class Attention(AbstractKeyedBlock):
     - `attend`: an `AbstractAttentionFunction`, such as `CausalAttention(window=1024)`, or, for
         training alone, a function `(q, k, v, info) -> mixed`.
 
-    **Raises:** `ValueError` for sizes that do not divide, an odd size of a head, or an `attend`
-    that cannot be called.
+    **Raises:** `ValueError` for sizes that do not divide, an odd size of a head that is turned, or
+    an `attend` that cannot be called.
 
     >>> import jax, jax.numpy as jnp, mode
     >>> block = mode.Attention(32, num_heads=4, num_kv_heads=2, key=jax.random.key(0))
@@ -83,17 +84,19 @@ class Attention(AbstractKeyedBlock):
         check_count("dim", dim, 1)
         check_count("num_heads", num_heads, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
+        pair = 1 if rope_theta is None else 2
         if head_dim is not None:
-            if check_count("head_dim", head_dim, 1) % 2:
+            if check_count("head_dim", head_dim, 1) % pair:
                 raise ValueError(
                     "`head_dim` must be even, as rotary embeddings turn pairs, got "
                     f"head_dim={head_dim}."
                 )
-        elif dim % num_heads or (dim // num_heads) % 2:
+        elif dim % (pair * num_heads):
+            times = "an even number, as rotary embeddings turn pairs" if pair == 2 else "a number"
             raise ValueError(
-                "`dim` must be `num_heads` times an even number, as rotary embeddings turn pairs, "
-                f"got dim={dim} and num_heads={num_heads}. The next that fits is "
-                f"{-(-dim // (2 * num_heads)) * 2 * num_heads}."
+                f"`dim` must be `num_heads` times {times}, got dim={dim} and "
+                f"num_heads={num_heads}. The next that fits is "
+                f"{-(-dim // (pair * num_heads)) * pair * num_heads}."
             )
         if num_heads % num_kv_heads:
             raise ValueError(

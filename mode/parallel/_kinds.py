@@ -25,7 +25,8 @@ def parameter_kinds(model: PyTree) -> PyTree[Kind | None]:
         of its models, as an axis in front of all others counts as one of the array.
 
     **Returns:** for every array `"embedding"`, `"head"` or `"router"` where that is its role, else
-    `"matrix"`, whose last two axes are inputs and outputs, or `"vector"`; `None` for all else.
+    `"matrix"`, whose last two axes are inputs and outputs (of `equinox.nn.Linear` outputs and
+    inputs), or `"vector"`; `None` for all else.
 
     >>> import equinox as eqx, jax, mode, optax
     >>> model = mode.mod_transformer(256, 32, depth=4, num_heads=2, key=jax.random.key(0))

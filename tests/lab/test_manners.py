@@ -133,7 +133,7 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         shell = ["bash", "-c", f'. "$0"; {code}; echo "${{COMPREPLY[@]}}"', str(script)]
         assert subprocess.check_output(shell, text=True).split() == expected
     assert ending(["--tyro-print-completion", "dos"]) == 2
-    assert "bash, zsh, tcsh or fish, got 'dos'" in capsys.readouterr().err
+    assert "bash, zsh or fish, got 'dos'" in capsys.readouterr().err
 
 
 def tables_of(out: Path) -> dict[str, dict[str, Any]]:

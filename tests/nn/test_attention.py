@@ -239,3 +239,18 @@ def temporary_bytes(tokens: int) -> int:
 def test_memory_grows_with_the_length_and_not_its_square() -> None:
     """Twice the tokens take about twice the memory, forward and backward."""
     assert temporary_bytes(2048) < 2.6 * temporary_bytes(1024)
+
+
+def test_heads_that_nothing_turns_may_have_an_odd_size() -> None:
+    """Values are those of one head after the other, without a turn."""
+    block = mode.Attention(9, 3, rope_theta=None, key=jax.random.key(0))
+    x = jnp.asarray(rng(120).normal(size=(2, 7, 9)), jnp.float32)
+    update, _ = block(x)
+    q, k, v = (part.reshape(2, 7, 3, 3) for part in np.split(f64(x) @ f64(block.qkv.weight), 3, -1))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(3)
+    scores = np.where(np.tri(7, dtype=bool), scores, -np.inf)
+    share = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mixed = np.einsum("bhqk,bkhd->bqhd", share, v).reshape(2, 7, 9)
+    assert_close(update, mixed @ f64(block.out.weight))
+    with pytest.raises(ValueError, match="`dim` must be `num_heads` times a number, got dim=8"):
+        mode.Attention(8, 3, rope_theta=None, key=jax.random.key(0))

@@ -1,0 +1,75 @@
+"""Runs the tutorials and writes their pages: text, code, what it printed, and pictures.
+
+    uv run --group docs --extra lab --extra pretrained python docs/tutorials/run.py
+    uv run ... python docs/tutorials/run.py --only recursion
+    uv run ... python docs/tutorials/run.py --small        # a minute each, writes no page
+
+A tutorial is a Python file in cells, which editors and Jupyter open as a notebook.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import MarkdownExporter
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+
+HERE = Path(__file__).parent
+TUTORIALS = sorted(path.stem for path in HERE.glob("*.py") if path != Path(__file__))
+
+
+def run(name: str, *, small: bool) -> float:
+    """Runs a tutorial, writes its page unless it is a small run, and returns the seconds it took.
+
+    **Raises:** `nbclient.exceptions.CellExecutionError` where a cell fails. The old page stays.
+    """
+    notebook = jupytext.read(HERE / f"{name}.py")
+    if small:  # and compiled in a fraction of the time
+        os.environ |= {"TUTORIAL_SMALL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    start = time.perf_counter()
+    NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
+    seconds = time.perf_counter() - start
+    if not small:
+        write(name, notebook)
+    return seconds
+
+
+def write(name: str, notebook: NotebookNode) -> None:
+    """Writes the page of a notebook that has run, and its pictures in a folder beside it."""
+    config = Config()
+    config.ExtractOutputPreprocessor.output_filename_template = name + "/{cell_index}{extension}"
+    body, resources = MarkdownExporter(config=config).from_notebook_node(notebook)
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    for file, content in resources["outputs"].items():
+        (HERE / file).parent.mkdir(exist_ok=True)
+        (HERE / file).write_bytes(content)
+    command = f"`python docs/tutorials/run.py --only {name}`"
+    note = f"*Made from [`{name}.py`]({name}.py) by {command}.*"
+    (HERE / f"{name}.md").write_text(f"{body.strip()}\n\n{note}\n")
+
+
+def main(names: list[str], small: bool) -> int:
+    """Runs the tutorials one after the other."""
+    for name in names:
+        try:
+            print(f"{name}: {run(name, small=small):.0f} s", flush=True)
+        except CellExecutionError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=TUTORIALS, choices=TUTORIALS)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    sys.exit(main(options.only, options.small))
