@@ -64,23 +64,36 @@ def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())["content"]
 
 
-def test_healing_brings_arms_nearer_to_the_dense_model_and_goes_on(
-    model_and_text: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arms = ("--arms", "learned", "random", "left-out")
-    assert _heal(model_and_text, tmp_path / "whole", *arms) == 0
-    for arm in arms[1:]:
-        result = _result(tmp_path / "whole" / arm)
+ARMS = ("learned", "random", "left-out")
+
+
+@pytest.fixture(scope="module")
+def whole(model_and_text: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a healing that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "heal"
+    assert _heal(model_and_text, out, "--arms", *ARMS) == 0
+    return out
+
+
+def test_healing_brings_arms_nearer_to_the_dense_model(whole: Path) -> None:
+    for arm in ARMS:
+        result = _result(whole / arm)
         assert len(result["losses"]) == 11
         assert result["losses"][-1] < result["losses"][0]
         assert result["flops"] < result["flops_dense"]
         assert (result["causal"] is not None) == (arm == "learned")
         assert (result["routers"] is not None) == (arm == "learned")
-    report = (tmp_path / "whole" / "report.md").read_text()
-    assert all(f"| {arm}" in report for arm in ("dense", *arms[1:]))
-    table = read_record(tmp_path / "whole" / "report.json", Tables).tables["arms"]
-    assert table["arm"] == ("dense", *arms[1:])
+    report = (whole / "report.md").read_text()
+    assert all(f"| {arm}" in report for arm in ("dense", *ARMS))
+    table = read_record(whole / "report.json", Tables).tables["arms"]
+    assert table["arm"] == ("dense", *ARMS)
     assert table["causal"][2:] == (None, None)
+
+
+def test_healing_goes_on(
+    whole: Path, model_and_text: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, from where it was stopped."""
     # Stopped among the steps of norms and those of the causal rule, and begun again each time.
     for stop in (4, 10):
         received = iter([0] * (stop - _done(tmp_path / "parts" / "learned")) + [signal.SIGTERM] * 9)
@@ -88,11 +101,12 @@ def test_healing_brings_arms_nearer_to_the_dense_model_and_goes_on(
         assert _heal(model_and_text, tmp_path / "parts", "--arms", "learned") > 128
     monkeypatch.setattr(interrupts, "received", lambda: 0)
     assert _heal(model_and_text, tmp_path / "parts", "--arms", "learned") == 0
-    whole, parts = (_result(tmp_path / name / "learned") for name in ("whole", "parts"))
+    folders = [whole / "learned", tmp_path / "parts" / "learned"]
+    one, other = map(_result, folders)
     for name in ("losses", "converted", "routers", "healed", "causal"):
-        assert whole[name] == parts[name], name
-    one, other = (tmp_path / name / "learned" / "model.eqx" for name in ("whole", "parts"))
-    assert one.read_bytes() == other.read_bytes()
+        assert one[name] == other[name], name
+    models = [(folder / "model.eqx").read_bytes() for folder in folders]
+    assert models[0] == models[1]
 
 
 def _done(folder: Path) -> int:
@@ -101,14 +115,13 @@ def _done(folder: Path) -> int:
 
 
 def test_a_saved_model_is_loaded_by_converting_again(
-    model_and_text: tuple[Path, str], tmp_path: Path
+    whole: Path, model_and_text: tuple[Path, str]
 ) -> None:
-    assert _heal(model_and_text, tmp_path, "--arms", "learned") == 0
     dense = mode.pretrained.load(model_and_text[0])
     like = mode.pretrained.convert(
         dense, [1, 3], capacity=0.5, form="mod-queries", key=jax.random.key(0)
     )
-    healed = eqx.tree_deserialise_leaves(tmp_path / "learned" / "model.eqx", like)
+    healed = eqx.tree_deserialise_leaves(whole / "learned" / "model.eqx", like)
     assert not np.array_equal(healed.embedding, dense.embedding)
     mode.testing.assert_decodes(
         mode.make_causal(healed), jnp.asarray(rng(0).integers(0, 260, (2, 12)))
