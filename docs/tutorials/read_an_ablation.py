@@ -2,8 +2,8 @@
 # # Read an ablation
 #
 # `mode-lab ablate` trains models that differ in their routing alone, at equal training FLOPs. This
-# page runs a short one and reads it: what a good loss means, and what it does not. Two cores,
-# about four minutes.
+# page runs a short one and reads it: what a good loss means, and what it does not. A few
+# minutes on two cores.
 
 # %%
 import json

@@ -2,8 +2,8 @@
 # # Recursion: one block, as often as a token needs it
 #
 # A recursive model has one set of weights and applies it in rounds. `mode.Loop` does so for all
-# tokens; `mode.Recursion` has a router before each round, and tokens that leave are done. Two
-# cores, about four minutes.
+# tokens; `mode.Recursion` has a router before each round, and tokens that leave are done. A few
+# minutes on two cores.
 
 # %%
 import os

@@ -3,8 +3,8 @@
 #
 # On text nobody knows which tokens a router should select. In *recall among filler* it is known:
 # four values stand early in a sequence, four questions late, and everything between is filler. A
-# routed layer has eight slots: exactly enough for the tokens that matter. Two cores, about four
-# minutes.
+# routed layer has eight slots: exactly enough for the tokens that matter. A few minutes on two
+# cores.
 
 # %%
 import os

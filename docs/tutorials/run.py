@@ -38,11 +38,12 @@ def run(name: str, *, small: bool) -> float:
     NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
     seconds = time.perf_counter() - start
     if not small:
-        write(name, notebook)
+        cores = len(os.sched_getaffinity(0))
+        write(name, notebook, f"{seconds / 60:.0f} min on {cores} core{'s'[: cores > 1]}")
     return seconds
 
 
-def write(name: str, notebook: NotebookNode) -> None:
+def write(name: str, notebook: NotebookNode, time_taken: str) -> None:
     """Writes the page of a notebook that has run, and its pictures in a folder beside it."""
     config = Config()
     config.ExtractOutputPreprocessor.output_filename_template = name + "/{cell_index}{extension}"
@@ -52,7 +53,7 @@ def write(name: str, notebook: NotebookNode) -> None:
         (HERE / file).parent.mkdir(exist_ok=True)
         (HERE / file).write_bytes(content)
     command = f"`python docs/tutorials/run.py --only {name}`"
-    note = f"*Made from [`{name}.py`]({name}.py) by {command}.*"
+    note = f"*Made from [`{name}.py`]({name}.py) by {command}, in {time_taken}.*"
     (HERE / f"{name}.md").write_text(f"{body.strip()}\n\n{note}\n")
 
 
