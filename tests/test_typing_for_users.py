@@ -26,14 +26,15 @@ block = mode.TransformerBlock(dim=64, num_heads=4, key=key)
 layer = mode.MixtureOfDepths(block, dim=64, capacity=0.125, key=key)
 mode.MixtureOfDepths(block, dim="64", capacity=0.125, key=key)  # a mistake
 model = mode.mod_transformer(256, 64, depth=4, num_heads=4, key=key)
-sampler: mode.Transformer = mode.make_causal(model)
+model = mode.with_capacity(model, 0.25)
+sampler = mode.make_causal(model)
 tokens = jnp.ones((1, 8), jnp.int32)
 mode.testing.assert_causal(sampler, tokens)
 text = mode.generate(sampler, tokens, steps=4)
 out, (routing, *_) = layer(jnp.ones((1, 8, 64)))
 reveal_type(mode.Router)
 reveal_type(layer)
-reveal_type(model)
+reveal_type(sampler)
 reveal_type(text)
 reveal_type(text.tokens)
 reveal_type(routing)
@@ -76,7 +77,7 @@ def test_a_user_s_checker_knows_the_types(tmp_path: Path) -> None:
     assert revealed == {
         "mode.Router": "type[Router]",
         "layer": "MixtureOfDepths",
-        "model": "Transformer",
+        "sampler": "Transformer",
         "text": "Generation",
         "text.tokens": "Array",
         "routing": "Routing",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._capacity import Capacity
+from .._dtypes import Module
 from .._types import ExpertMask
 from ._causal import make_causal
 from ._quantile import score_quantile
@@ -32,7 +33,7 @@ class _BatchQuantile(AbstractTokenSelector):
         return scores > jnp.expand_dims(quantile, range(scores.ndim - 1))
 
 
-def calibrate_thresholds(model: PyTree, *batches: Any) -> PyTree:
+def calibrate_thresholds(model: Module, *batches: Any) -> Module:
     """Sets the thresholds of `QuantileThreshold` from data: the mean of the batches' quantiles.
 
     A running quantile follows a router that still moves, and one that was trained under top-k saw

@@ -6,6 +6,7 @@ from jaxtyping import PyTree
 
 from .._capacity import Capacity
 from .._checks import check_instance
+from .._dtypes import Module
 from .._types import ExpertMask
 from ._record import Routing, Routings, selected_mask
 from ._router import Router
@@ -14,11 +15,11 @@ from ._token_selectors import AbstractThreshold, PredictorThreshold, QuantileThr
 
 
 def make_causal(
-    model: PyTree,
+    model: Module,
     *,
     threshold: AbstractThreshold | None = None,
     max_capacity: Capacity | None = 1.0,
-) -> PyTree:
+) -> Module:
     """Replaces the selectors of a model so that no token's routing depends on later tokens.
 
     Each selector that is not causal, and each threshold, becomes `threshold`; the others stay.

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from .._capacity import Capacity, check_capacity, exact_fraction
 from .._checks import check_count, is_finite
+from .._dtypes import Module
 from ._router import Router
 from ._surgery import map_routers, routers
 
@@ -19,7 +20,7 @@ from ._surgery import map_routers, routers
 _MOST_STAGES = 16
 
 
-def with_capacity(model: PyTree, capacity: Capacity | Sequence[Capacity]) -> PyTree:
+def with_capacity(model: Module, capacity: Capacity | Sequence[Capacity]) -> Module:
     """Changes the capacity of the routers of `model`.
 
     The capacity is no array, so neither `equinox.tree_at` nor a file of arrays changes it. Running

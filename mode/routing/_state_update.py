@@ -6,8 +6,9 @@ import numbers
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from .._dtypes import Module
 from .._types import Logits, Scalar
 from ._quantile import score_quantile
 from ._record import RouterState, Routing, Routings
@@ -22,12 +23,12 @@ _FARTHEST = 100.0
 
 
 def update_router_state(
-    model: PyTree,
+    model: Module,
     routings: Routings,
     *,
     quantile_rate: float | Scalar = 0.03,
     bias_rate: float | Scalar = 0.001,
-) -> PyTree:
+) -> Module:
     r"""Updates the state of every router with the routings of one training step.
 
     Thresholds move towards the score $q$ that separates the best of all real tokens of the step, a

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .._dtypes import is_shaped
+from .._dtypes import Module, is_shaped
 from ._record import RouterState, Routing
 from ._router import Router
 
@@ -28,7 +28,7 @@ def routers(model: PyTree) -> list[Router]:
     return [node for node in jax.tree.leaves(model, is_leaf=_is_router) if _is_router(node)]
 
 
-def map_routers(function: Callable[[Router], Router], model: PyTree) -> PyTree:
+def map_routers(function: Callable[[Router], Router], model: Module) -> Module:
     """Applies `function` to each router and returns a copy of `model` with the results.
 
     >>> import equinox as eqx, jax, mode
