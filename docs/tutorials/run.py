@@ -45,6 +45,13 @@ def run(name: str, *, small: bool) -> float:
 
 def write(name: str, notebook: NotebookNode, time_taken: str) -> None:
     """Writes the page of a notebook that has run, and its pictures in a folder beside it."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # what a cell says, it prints or draws
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.output_type == "stream" or "image/png" in output.data
+            ]
     config = Config()
     config.ExtractOutputPreprocessor.output_filename_template = name + "/{cell_index}{extension}"
     body, resources = MarkdownExporter(config=config).from_notebook_node(notebook)
@@ -54,7 +61,19 @@ def write(name: str, notebook: NotebookNode, time_taken: str) -> None:
         (HERE / file).write_bytes(content)
     command = f"`python docs/tutorials/run.py --only {name}`"
     note = f"*Made from [`{name}.py`]({name}.py) by {command}, in {time_taken}.*"
-    (HERE / f"{name}.md").write_text(f"{body.strip()}\n\n{note}\n")
+    (HERE / f"{name}.md").write_text(f"{tidy(body)}\n\n{note}\n")
+
+
+def tidy(page: str) -> str:
+    """Names each picture after its section, and leaves one blank line where there are several."""
+    heading, lines = "", []
+    for line in page.strip().splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# ")
+        line = line.rstrip().replace("![png](", f"![{heading}](")
+        if line or (lines and lines[-1]):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def main(names: list[str], small: bool) -> int:
