@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 from traitlets.config import Config
 
 
@@ -35,7 +37,9 @@ def run(name: str, *, small: bool) -> float:
     if small:  # and compiled in a fraction of the time
         os.environ |= {"TUTORIAL_SMALL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3")
+    client.extra_arguments = ["--matplotlib=inline"]
+    client.execute()
     seconds = time.perf_counter() - start
     if not small:
         cores = len(os.sched_getaffinity(0))
@@ -46,12 +50,8 @@ def run(name: str, *, small: bool) -> float:
 def write(name: str, notebook: NotebookNode, time_taken: str) -> None:
     """Writes the page of a notebook that has run, and its pictures in a folder beside it."""
     for cell in notebook.cells:
-        if cell.cell_type == "code":  # what a cell says, it prints or draws
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.output_type == "stream" or "image/png" in output.data
-            ]
+        if cell.cell_type == "code":
+            cell.outputs = list(shown(cell.outputs))
     config = Config()
     config.ExtractOutputPreprocessor.output_filename_template = name + "/{cell_index}{extension}"
     body, resources = MarkdownExporter(config=config).from_notebook_node(notebook)
@@ -62,6 +62,16 @@ def write(name: str, notebook: NotebookNode, time_taken: str) -> None:
     command = f"`python docs/tutorials/run.py --only {name}`"
     note = f"*Made from [`{name}.py`]({name}.py) by {command}, in {time_taken}.*"
     (HERE / f"{name}.md").write_text(f"{tidy(body)}\n\n{note}\n")
+
+
+def shown(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
+    """What a cell printed, in one piece, and its pictures; not the values of last lines."""
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    if printed:
+        yield new_output("stream", name="stdout", text=printed)
+    for output in outputs:
+        if output.output_type != "stream" and "image/png" in output.data:
+            yield output
 
 
 def tidy(page: str) -> str:
