@@ -53,7 +53,7 @@ def report_sweep(out: Path, console: Console) -> None:
         arms = [f"- {arm.name}: {arm.description}" for arm in SWEEP_ARMS if arm.name in names]
         if runs.curves:
             tables["curves"] = _curve_table(runs.curves)
-            plot_curves(out / "isoflop.png", runs.curves)
+            plot_curves(out / "isoflop.png", runs.curves, _about(runs))
         if len(settings.rates) > 1:
             tables["rates"] = _rate_table(frame, settings)
         tables["runs"] = _run_table(runs.frame)
@@ -69,6 +69,19 @@ def report_sweep(out: Path, console: Console) -> None:
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     write_tables(out / "report.json", tables)
     say(console, f"{len(records)} runs: see {out / 'report.md'}.")
+
+
+def _about(runs: Runs) -> str:
+    """What the models of the curves are, for a caption."""
+    size, frame = runs.reference, pd.concat([curve.runs for curve in runs.curves])
+    sizes, seeds = frame["size"].nunique(), frame["seed"].nunique()
+    depths = sorted({size.depth for size in frame["size"]})
+    layers = " to ".join(str(depth) for depth in dict.fromkeys((depths[0], depths[-1])))
+    return (
+        f"Models of {layers} layers and {sizes} sizes, trained for equal FLOPs on sequences of "
+        f"{size.length} bytes; a capacity of {size.capacity:g} in every other layer; {seeds} "
+        f"seed{'s'[: seeds > 1]}; losses under the causal rule, on text that no run trained on."
+    )
 
 
 def _curve_section(table: pd.DataFrame | None, console: Console) -> str:
