@@ -134,7 +134,7 @@ for name, model in models.items():
 # ## Loss, by steps and by FLOPs
 #
 # On the left all models have seen the same text. On the right they have spent the same: that is
-# the comparison of the paper, and there a model of cheap layers has taken more steps.
+# the comparison of the paper, and there a model of cheap layers has run more steps.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
