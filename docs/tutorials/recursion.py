@@ -13,16 +13,19 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 import mode
+from mode.lab.figures import STYLE
 from mode.lab.routing_map import RoutingMap
 
 
 SMALL = bool(os.environ.get("TUTORIAL_SMALL"))  # to see that it runs
 STEPS = 10 if SMALL else 300
 BATCH, TOKENS, DIM, ROUNDS = 16, 128, 64, 3
+plt.style.use(STYLE)
 
 # %% [markdown]
 # ## Three models with the same weights

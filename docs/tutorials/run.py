@@ -75,13 +75,14 @@ def shown(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
 
 
 def tidy(page: str) -> str:
-    """Names each picture after its section, and leaves one blank line where there are several."""
-    heading, lines = "", []
+    """Names each picture after its section, and leaves one blank line where text has several."""
+    heading, lines, in_code = "", [], False
     for line in page.strip().splitlines():
-        if line.startswith("#"):
+        in_code ^= line.startswith("```")
+        if line.startswith("#") and not in_code:
             heading = line.strip("# ")
         line = line.rstrip().replace("![png](", f"![{heading}](")
-        if line or (lines and lines[-1]):
+        if line or in_code or (lines and lines[-1]):
             lines.append(line)
     return "\n".join(lines)
 
