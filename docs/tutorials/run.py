@@ -38,7 +38,7 @@ def run(name: str, *, small: bool) -> float:
         os.environ |= {"TUTORIAL_SMALL": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     start = time.perf_counter()
     client = NotebookClient(notebook, timeout=None, kernel_name="python3")
-    client.extra_arguments = ["--matplotlib=inline"]
+    client.extra_arguments = ["--matplotlib=inline", "--InlineBackend.figure_formats=retina"]
     client.execute()
     seconds = time.perf_counter() - start
     if not small:
