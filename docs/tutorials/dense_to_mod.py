@@ -199,7 +199,7 @@ _, (routing,) = causal(text)
 selected = np.asarray(routing.selected)[:, 0, :, 0].astype(int)  # [routed layers, tokens]
 print("fraction of tokens computed, by routed layer:", selected.mean(axis=1).round(3))
 counts = {"under the causal rule": tuple(map(tuple, selected.tolist()))}
-RoutingMap("", tuple(text[0].tolist()), (), tuple(range(1, LAYERS, 2)), counts).draw("blocks")
+RoutingMap("", tuple(text[0].tolist()), (), tuple(range(2, LAYERS + 1, 2)), counts).draw("blocks")
 
 # %% [markdown]
 # ## Text from it

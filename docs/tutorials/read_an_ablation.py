@@ -21,7 +21,7 @@ from IPython.display import Image
 SMALL = bool(os.environ.get("TUTORIAL_SMALL"))  # to see that it runs
 out = Path(tempfile.mkdtemp()) / "ablation"
 arms = ["dense", "left-out", "mod", "mod-random", "mod-queries"][: 3 if SMALL else 5]
-options = ["--no-recall", "--budget", "0.02" if SMALL else "0.5", "--arms", *arms]
+options = ["--no-recall", "--budget", "0.02" if SMALL else "0.3", "--arms", *arms]
 print("mode-lab ablate", *options)
 
 # %% [markdown]
@@ -48,7 +48,7 @@ subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 tables = json.loads((out / "report.json").read_text())["content"]["tables"]
 losses = pd.DataFrame(tables["equal FLOPs"]).set_index("arm")
 causal = "bits / byte, CAUSAL"
-print(losses[["steps", "forward FLOPs / token", "bits / byte, top-k", causal]].round(3))
+print(losses[["steps", "bits / byte, top-k", causal]].round(3))
 
 # %% [markdown]
 # - **Only the causal column counts.** Top-k over a sequence looks at the future, so its loss is of
@@ -71,7 +71,7 @@ print(worth.round(3))
 
 # %%
 order = [arm for arm in worth.index if arm not in ("dense", "left-out")]
-figure, axes = plt.subplots(figsize=(6.5, 0.5 * len(worth) + 0.9), layout="constrained")
+figure, axes = plt.subplots(figsize=(7, 0.35 * len(worth) + 0.9), layout="constrained")
 low, high = worth[causal]["dense"], worth[causal]["left-out"]
 axes.axvspan(min(low, high), max(low, high), color="#F0F0EE", label="worth of the routed blocks")
 for arm in order:
@@ -83,7 +83,7 @@ axes.set(
     xlabel="held-out bits per byte, causally, at equal steps (lower is better)",
     ylim=(-0.6, len(order) - 0.4),
 )
-axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, fontsize=8, frameon=False)
+figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 axes.set_title("6 layers of 64, Python source, one seed", fontsize=9)
 
 # %% [markdown]
