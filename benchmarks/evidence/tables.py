@@ -1,8 +1,9 @@
-"""The tables of EVIDENCE.md, computed from the records in `records.tar.gz`.
+r"""The tables of EVIDENCE.md, computed from the records in `records.tar.gz`.
 
     python benchmarks/evidence/tables.py            # says where EVIDENCE.md differs
     python benchmarks/evidence/tables.py --write    # puts them in
-    python benchmarks/evidence/tables.py --pack-from runs/evidence runs/forms --write
+    python benchmarks/evidence/tables.py --write \
+      --pack-from runs/evidence runs/forms runs/ablations
 
 In EVIDENCE.md a table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import ablations
 import forms
 import pandas as pd
 import studies
@@ -34,12 +36,16 @@ MAIN = ("dense", "left-out", "mod", "mod-random", "mod-queries", "mod-queries-ra
 ARCHIVE, TEXT = HERE / "records.tar.gz", HERE.parent / "EVIDENCE.md"
 
 
-def pack(evidence: Path, tasks: Path) -> None:
-    """Packs what the tables need of the two folders, under fixed names."""
+def pack(evidence: Path, tasks: Path, seeds: Path) -> None:
+    """Packs what the tables need of the folders, under fixed names."""
+    files = [
+        *(("evidence", evidence, path) for path in evidence.rglob("*.json")),
+        *(("forms", tasks, path) for path in tasks.rglob("*.json")),
+        *(("ablations", seeds, path) for path in seeds.glob("*/report.json")),
+    ]
     with tarfile.open(ARCHIVE, "w:gz") as archive:
-        for name, folder in (("evidence", evidence), ("forms", tasks)):
-            for path in sorted(folder.rglob("*.json")):
-                archive.add(path, f"{name}/{path.relative_to(folder)}")
+        for name, folder, path in sorted(files):
+            archive.add(path, f"{name}/{path.relative_to(folder)}")
 
 
 def squeeze(table: str) -> str:
@@ -66,6 +72,7 @@ def compute(folder: Path) -> Iterator[tuple[str, str]]:
     yield "learning", to_markdown(learning.rename(columns=names), formats)
     yield "batch", to_markdown(studies.by_batch(runs).rename(columns=names), formats)
     smallest = min(runs.frame["budget"])
+    yield "ablations", to_markdown(ablations.table(folder / "ablations"))
     yield "forms", to_markdown(forms.table(runs, tasks, smallest), forms.FORMATS)
     for budget in sorted(set(runs.frame["budget"]))[1:]:
         rows = forms.losses(runs, budget)
@@ -77,12 +84,12 @@ def tables_of(text: str) -> list[str]:
     return re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE)
 
 
-def main(write: bool = False, pack_from: tuple[Path, Path] | None = None) -> int:
+def main(write: bool = False, pack_from: tuple[Path, Path, Path] | None = None) -> int:
     """Compare the tables of EVIDENCE.md with the records, or write them.
 
     Args:
         write: Write them.
-        pack_from: First make the archive, of a folder of runs and one of tasks.
+        pack_from: First make the archive, of the folders of the runs, the tasks and the ablations.
     """
     if pack_from is not None:
         pack(*pack_from)
