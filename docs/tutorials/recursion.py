@@ -142,7 +142,7 @@ for name, model in rows.items():
 # %% [markdown]
 # These are equal *steps*: the narrowing model has spent fewer FLOPs. `random` beside it says what
 # the choice of tokens is worth; [Evidence](../../benchmarks/EVIDENCE.md) has the same at equal
-# FLOPs over five seeds.
+# FLOPs over five seeds. In the picture, strips are rounds, the first at the bottom.
 
 # %%
 text = tests[0][0, :-1]

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from .._checks import is_known
+from .._checks import is_known, type_name
 from .._types import Sequences
 from ..models import Transformer
 from ._state import DecodeState, NewTokens
@@ -59,11 +59,18 @@ def check_prompt(
 
 def check_tokens(name: str, tokens: Any) -> NewTokens:
     """Returns token ids as an array, or says what is wrong with its shape or dtype."""
-    tokens = jnp.asarray(tokens)
+    try:
+        tokens = jnp.asarray(tokens)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`{name}` must be an array of integers, [batch, tokens], got {type_name(tokens)} that "
+            "makes none. Pad shorter sequences at the end and give their `lengths`."
+        ) from None
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        fix = f"One sequence is a batch of one: `{name}[None]`." if tokens.ndim == 1 else ""
         raise ValueError(
             f"`{name}` must be integers, [batch, tokens], got shape {tokens.shape} and dtype "
-            f"{tokens.dtype}. One sequence is a batch of one: `{name}[None]`."
+            f"{tokens.dtype}. {fix}".rstrip()
         )
     if 0 in tokens.shape:
         raise ValueError(

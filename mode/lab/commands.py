@@ -59,11 +59,14 @@ class Ablation:
     """Folder for results. One of another configuration is refused."""
     data: Data = None
     budget: Positive = 1.0
-    """Training FLOPs of every arm, as a multiple of the default, which takes all eight arms of the
-    default size 6 to 10 minutes on two cores. Time grows with it in proportion."""
+    """Training FLOPs of every arm, as a multiple of the default, which takes these arms of the
+    default size 6 to 10 minutes on two cores. Steps grow with it in proportion."""
     arms: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help=_texts("Which arms to train.", ARM_TEXTS), metavar="ARM ..."),
+        tyro.conf.arg(
+            help=_texts("Which to train. Recovery needs dense, left-out and one more.", ARM_TEXTS),
+            metavar="ARM ...",
+        ),
     ] = DEFAULT_NAMES
     seed: Seed = 0
     """Seed of parameters, data order and random routing."""

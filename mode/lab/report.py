@@ -111,6 +111,8 @@ def write_report(
     if recovered is not None:
         title = "Equal steps: the part of the routed blocks' worth that an arm recovers"
         console.print(to_console(recovered, _FORMATS, title=title))
+    else:
+        say(console, "No recovery: it needs the arms `dense` and `left-out`.")
     if steps < _FEW_STEPS:
         short = f"An arm took fewer than {_FEW_STEPS} steps: too short to mean anything."
         say(console, short, style="bold red")

@@ -161,7 +161,8 @@ class Transformer(eqx.Module):
         if learned is not None and tokens > learned.shape[0]:
             raise ValueError(
                 f"`{name}` must have at most max_positions={learned.shape[0]} tokens in a "
-                f"sequence, the learned positions of the model, got {tokens}."
+                f"sequence, the learned positions of the model, got {tokens}. Generate fewer "
+                "tokens, or begin with a shorter prompt."
             )
 
     def embed(self, tokens: Ids, info: TokenInfo | None = None) -> Hidden:

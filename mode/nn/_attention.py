@@ -32,7 +32,7 @@ class Attention(AbstractKeyedBlock):
     - `dim`: features of the hidden states; a multiple of `num_heads` unless `head_dim` is given.
     - `num_heads`: query heads; a multiple of `num_kv_heads`.
     - `num_kv_heads`: key-value heads; by default `num_heads`.
-    - `head_dim`: features of a head, even where `rope_theta` is not `None`; by default
+    - `head_dim`: features of a head, an even number unless `rope_theta` is `None`; by default
         `dim // num_heads`.
     - `qkv_bias`, `out_bias`: whether the projections have biases.
     - `head_norm`: builds norms of `head_dim` features for queries and keys, before they are

@@ -1,6 +1,6 @@
 """Converts a trained model: some of its layers get routers, and at capacity 1 nothing changes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import equinox as eqx
 import jax
@@ -116,6 +116,8 @@ def convert(
 
 def check_layers(layers: Sequence[int], depth: int) -> list[int]:
     """Returns the numbers of layers to route, different ones that a model of this depth has."""
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"`layers` must be a list of numbers, got {layers!r}.")
     numbers = [check_count("layers", number, 0) for number in layers]
     if len(set(numbers)) < len(numbers) or not numbers or max(numbers) >= depth:
         raise ValueError(

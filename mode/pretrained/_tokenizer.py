@@ -51,7 +51,10 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     if path.is_dir():
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ValueError(f"`path` must be a folder with `tokenizer.json`, got {path}.")
+            raise ValueError(
+                f"`path` must be a folder with `tokenizer.json`, got {path}. `save` writes it "
+                "where it is given a `tokenizer`."
+            )
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises `Exception` itself

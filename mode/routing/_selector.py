@@ -147,8 +147,21 @@ class AbstractTokenSelector(AbstractSelector):
         """
 
     def __call__(self, inputs: RoutingInputs, *, key: Key = None) -> Assignment:
-        requested = self.requested_mask(inputs) & inputs.valid[..., None]
+        requested = self._checked(inputs) & inputs.valid[..., None]
         experts = requested[..., : inputs.num_experts]
         index = first_come_first_served(experts, inputs.slots, inputs.free)
         load = jnp.sum(requested, axis=-2, dtype=jnp.int32)
         return Assignment(index, inputs.pad_noop_load(load))
+
+    def _checked(self, inputs: RoutingInputs) -> Bool[Array, "*groups tokens choices"]:
+        """The mask that a rule returns, or an error that names the rule."""
+        mask = self.requested_mask(inputs)
+        *tokens, choices = inputs.scores.shape
+        shapes = [(*tokens, inputs.num_experts), (*tokens, choices)]
+        if mask.shape not in shapes or mask.dtype != bool:
+            raise ValueError(
+                f"`requested_mask` of {type(self).__name__} must return booleans of "
+                f"{' or '.join(map(str, dict.fromkeys(shapes)))}, [*groups, tokens, choices], got "
+                f"{mask.dtype} of {mask.shape}."
+            )
+        return mask

@@ -3,8 +3,8 @@
 Every assertion takes your model and your own inputs, padding and packing included. It calls
 `model(x, info, key=key)`, which returns `(output, routings)`, as all layers and models here do:
 
-- `x`: hidden states, `[*groups, tokens, dim]`, or `[*groups, tokens]`, token ids of two kinds or
-  more;
+- `x`: hidden states, `[*groups, tokens, dim]`, or token ids, `[*groups, tokens]`, that are not all
+  the same;
 - `info`: a `TokenInfo` of the same groups and tokens; `None` for sequences without padding;
 - `key`: passed to the model; a fixed key by default.
 

@@ -54,7 +54,9 @@ def assert_decodes(
             raise AssertionError(
                 f"after {after}, the logits of sequence {row} differ by {largest[row]:.3g} from "
                 "those of the forward pass. A block's `extend` must give the same update with the "
-                "earlier tokens in the cache as with all tokens at once."
+                "earlier tokens in the cache as with all tokens at once; a selector must select "
+                "the same tokens, for which `inputs.positions` say where they stand: it sees the "
+                "new ones alone."
             )
 
     last = np.asarray(lengths)[:, None] - 1
@@ -67,7 +69,7 @@ def assert_decodes(
     check(state.logits[:, None], last, "the prompt")
     for step in range(1, total - longest + 1):
         state, _ = decode_step(model, state, new[:, step - 1])
-        check(state.logits[:, None], last + step, f"{step} steps of `decode_step`")
+        check(state.logits[:, None], last + step, f"step {step} of `decode_step`")
     if total > longest:
         logits, _, _ = decode_tokens(model, prompt, new)
         check(logits, later, f"{total - longest} tokens at once by `decode_tokens`")

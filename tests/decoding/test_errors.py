@@ -246,3 +246,17 @@ def test_a_full_sequence_is_an_error() -> None:
     state = prefill(lengths=LENGTHS, max_tokens=PROMPT)
     with pytest.raises(eqx.EquinoxRuntimeError, match="a sequence is full: it has max_tokens=6"):
         jax.block_until_ready(mode.decode_step(causal(), state, texts()[:, 0]))
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("prompts", "rule"),
+    [
+        ([[1, 2, 3], [4, 5]], "got list that makes none. Pad shorter sequences at the end"),
+        ([1, 2, 3], r"got shape \(3,\) and dtype int32. One sequence is a batch of one"),
+        ([[1.0, 2.0]], r"must be integers, .* dtype float32\.$"),
+    ],
+)
+def test_prompts_that_are_no_batch_of_ids(prompts: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        mode.generate(causal(), prompts, steps=2)

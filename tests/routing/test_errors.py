@@ -254,3 +254,28 @@ def test_what_cannot_work_raises(name: str) -> None:
     call, words = ERRORS[name]
     with pytest.raises(ValueError, match=words):
         eqx.filter_eval_shape(call)
+
+
+class Flat(mode.AbstractTokenSelector):
+    """A rule that forgets the axis of choices, or gives numbers for booleans."""
+
+    mask: Callable[[Array], Array] = eqx.field(static=True)
+    max_capacity = None
+
+    def requested_mask(self, inputs: mode.RoutingInputs) -> Array:
+        return self.mask(inputs.scores)
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (lambda scores: scores[..., 0] > 0, r"bool of \(3, 12\)"),
+        (lambda scores: jnp.ones((TOKENS, 1), bool), r"bool of \(12, 1\)"),
+        (lambda scores: scores, r"float32 of \(3, 12, 1\)"),
+    ],
+)
+def test_a_rule_that_returns_no_mask_is_named(mask: Any, got: str) -> None:
+    layer = mode.MixtureOfDepths(mode.PositionWise(jnp.tanh), DIM, select=Flat(mask), key=KEY)
+    rule = rf"`requested_mask` of Flat must return booleans of \(3, 12, 1\), .*, got {got}"
+    with pytest.raises(ValueError, match=rule):
+        layer(jnp.ones((3, TOKENS, DIM)))

@@ -68,7 +68,7 @@ def test_a_narrow_model_has_its_own_tolerance() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[int], bool], str]] = {
-    "always": (lambda new: True, r"after 1 steps of `decode_step`, the logits of sequence \d"),
+    "always": (lambda new: True, r"after step 1 of `decode_step`, the logits of sequence \d"),
     "with several tokens": (lambda new: new > 1, r"after 6 tokens at once by `decode_tokens`"),
 }
 
