@@ -3,7 +3,7 @@
     uv run --group docs --extra lab --extra pretrained python docs/build.py    # into build/site
 
 The site has the folders of the repository, so that a link between two pages is the same in both.
-Examples become pages, commands become a page of their help texts, and formulas become MathML, which
+Examples become pages, each command gets a page of its help text, and formulas become MathML, which
 browsers show without a script.
 """
 
@@ -44,7 +44,8 @@ def collect() -> None:
             PAGES / "examples" / f"{path.stem}.md",
             f"# {path.name}\n\n```python\n{path.read_text()}```\n",
         )
-    write(PAGES / "docs/commands.md", commands())
+    for name in ("", *COMMANDS):
+        write(PAGES / f"docs/commands/{name or 'index'}.md", command_page(name))
     copy(ROOT / "docs/zensical.toml", BUILD / "zensical.toml")
 
 
@@ -64,14 +65,13 @@ def write(target: Path, text: str) -> None:
     target.write_text(text)
 
 
-def commands() -> str:
-    """Makes the page of the help texts of `mode-lab`."""
-    parts = ["# Commands\n\nThe help texts of `mode-lab`, as they are printed."]
-    for name in ("", *COMMANDS):
-        command = [sys.executable, "-m", "mode.lab", *name.split(), "--help"]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        parts.append(f"## {f'mode-lab {name}'.strip()}\n\n```text\n{text.rstrip()}\n```")
-    return "\n\n".join(parts) + "\n"
+def command_page(name: str) -> str:
+    """Makes the page of a command of `mode-lab`, or of all: its help text, as it is printed."""
+    command = [sys.executable, "-m", "mode.lab", *name.split(), "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    title = f"# {f'mode-lab {name}'.strip()}"
+    links = [] if name else [f"- [`mode-lab {one}`]({one}.md)" for one in COMMANDS]
+    return "\n\n".join([title, f"```text\n{text.rstrip()}\n```", "\n".join(links)]).rstrip() + "\n"
 
 
 def to_mathml(page: str) -> str:

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import mode
+from mode.lab.parse import COMMANDS
 from tests.examples import CLAIMS, run_example
 
 
@@ -49,6 +50,11 @@ def test_every_page_is_in_the_menu() -> None:
     menu = (DOCS / "zensical.toml").read_text()
     pages = [str(page.relative_to(README.parent)) for page in PAGES if page != README]
     assert [page for page in pages if f'"{page}"' not in menu] == []
+
+
+def test_every_command_has_a_page_in_the_menu() -> None:
+    menu = (DOCS / "zensical.toml").read_text()
+    assert [name for name in COMMANDS if f'"docs/commands/{name}.md"' not in menu] == []
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
