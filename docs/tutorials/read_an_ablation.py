@@ -21,7 +21,7 @@ from IPython.display import Image
 SMALL = bool(os.environ.get("TUTORIAL_SMALL"))  # to see that it runs
 out = Path(tempfile.mkdtemp()) / "ablation"
 arms = ["dense", "left-out", "mod", "mod-random", "mod-queries"][: 3 if SMALL else 5]
-options = ["--no-recall", "--budget", "0.02" if SMALL else "0.3", "--arms", *arms]
+options = ["--no-recall", "--budget", "0.02" if SMALL else "0.5", "--arms", *arms]
 print("mode-lab ablate", *options)
 
 # %% [markdown]
