@@ -142,8 +142,8 @@ axes.set_title("SmolLM2-135M, ten of 30 layers at half of the tokens; training t
 # ## Sample
 #
 # Thresholds from a little text, then the causal rule. A step reads the weights of the layers that
-# somebody asks for. For one sequence that is half of the routed layers; in a batch of eight, some
-# sequence is routed to nearly every layer.
+# some sequence is routed to. For one sequence that is half of the routed layers; in a batch of
+# eight, some sequence is routed to nearly every layer.
 
 # %%
 calibrated = mode.calibrate_thresholds(model, train[:2, :-1])
