@@ -23,6 +23,11 @@ WITH_EXAMPLES = [
 ]
 
 
+def code_of(page: Path) -> list[str]:
+    """The Python examples of a page."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
 def test_the_pages_that_have_examples() -> None:
     """Those on which nothing runs are the ones of commands and of words."""
     assert README in WITH_EXAMPLES
@@ -59,7 +64,7 @@ def test_every_command_has_a_page_in_the_menu() -> None:
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_run(page: Path):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    blocks = code_of(page)
     assert blocks
     namespace: dict[str, object] = {}
     # A reader has JAX's defaults, and optax itself needs the standard promotion.
@@ -74,8 +79,7 @@ def test_tutorials_show_the_code_that_is_run() -> None:
     for page in TUTORIALS:
         cells = re.split(r"^# %%", page.with_suffix(".py").read_text(), flags=re.MULTILINE)[1:]
         code = [cell.strip() for cell in cells if not cell.startswith(" [markdown]")]
-        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-        assert [block.strip() for block in blocks] == code, page.name
+        assert [block.strip() for block in code_of(page)] == code, page.name
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)

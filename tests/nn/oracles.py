@@ -43,12 +43,15 @@ def of_depths(layer: Any, block: ref.Block, capacity: float) -> Oracle:
     return run
 
 
-def of_queries(layer: mode.MixtureOfQueries, block: mode.TransformerBlock) -> Oracle:
-    """The dense block's updates of the selected tokens."""
+def of_queries(
+    layer: mode.MixtureOfQueries, gate: ref.Gate = "absolute", scale: float = 1.0
+) -> Oracle:
+    """The dense block's updates of the selected tokens, at a capacity of a half."""
+    assert isinstance(layer.block, mode.TransformerBlock)
+    router, dense = oracle_router(layer.router)[0], oracle_block(layer.block)
 
     def run(x: Any, *rest: Any) -> Any:
-        router, dense = oracle_router(layer.router)[0], oracle_block(block)
-        out, assignment = ref.mixture_of_queries(x, router, dense, 0.5, "absolute", *rest)
+        out, assignment = ref.mixture_of_queries(x, router, dense, 0.5, gate, *rest, scale=scale)
         return out, (assignment,)
 
     return run

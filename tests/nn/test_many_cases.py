@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, hidden_states, oracle_block, packed_info, run
+from tests.helpers import assert_close, hidden_states, oracle_block, packed_info, rng, run
 from tests.nn import oracles
 from tests.nn.cases import DIM, TOKENS, make_expert, numbers
 from tests.routing.draws import assert_assigned
@@ -104,7 +104,7 @@ def expert_threshold(key: Array) -> mode.MixtureOfExperts:
 
 FORMS: dict[str, Form] = {
     "mod": (depths, lambda layer: oracles.of_depths(layer, oracle_block(layer.block), 0.5)),
-    "queries": (queries, lambda layer: oracles.of_queries(layer, layer.block)),
+    "queries": (queries, oracles.of_queries),
     "attention and feed-forward apart": (Apart, of_apart),
     "recursion": (recursion, lambda layer: oracles.of_recursion(layer, [9, 6, 3])),
     "recursion, shared keys": (
@@ -136,10 +136,7 @@ def test_a_thousand_cases(form: str) -> None:
     build = eqx.filter_jit(make)
     for seed in range(BATCHES):
         layer = build(jax.random.key(seed))
-        x, info = (
-            hidden_states(seed, SEQUENCES, TOKENS, DIM),
-            draw_info(np.random.default_rng(seed)),
-        )
+        x, info = hidden_states(seed, SEQUENCES, TOKENS, DIM), draw_info(rng(seed))
         hidden, routings = run(layer, x, info)
         expected, assignments = ref.over_groups(oracle_of(layer), 1, *numbers(x, info))
         for routing, assignment in zip(routings, assignments, strict=True):

@@ -10,8 +10,9 @@ import pytest
 
 import mode
 from tests import reference as ref
-from tests.helpers import assert_close, hidden_states, oracle_block, oracle_router, packed_info, run
+from tests.helpers import assert_close, hidden_states, packed_info, run
 from tests.layers import UnitGate
+from tests.nn import oracles
 from tests.nn.cases import DIM, INFOS, TOKENS, make_block, make_experts, numbers
 from tests.routing.draws import GATES, assert_assigned
 
@@ -31,16 +32,11 @@ def test_a_selected_token_gets_the_update_of_the_dense_block(
 ) -> None:
     """Times its weight; the others stay as they are."""
     gate_of_layer, name, scale = GATES[gate]
-    block = make_block()
-    layer = make_layer(block, gate=gate_of_layer)
+    layer = make_layer(make_block(), gate=gate_of_layer)
     x = hidden_states(1, 3, TOKENS, DIM)
     hidden, (routing,) = run(layer, x, info)
-
-    def queries(x: Any, *rest: Any) -> Any:
-        router = oracle_router(layer.router)[0]
-        return ref.mixture_of_queries(x, router, oracle_block(block), 0.5, name, *rest, scale=scale)
-
-    expected, assignment = ref.over_groups(queries, 1, *numbers(x, info))
+    oracle = oracles.of_queries(layer, name, scale)
+    expected, (assignment,) = ref.over_groups(oracle, 1, *numbers(x, info))
     assert_assigned(routing, assignment)
     assert_close(hidden, expected)
     kept = ~np.asarray(routing.selected[..., 0])
